@@ -1,260 +1,820 @@
-"""SAC: the learner only, trained online (a first version, used to make the data sets)."""
+"""SAC, "Soft Actor-Critic Algorithms and Applications"
+Tuomas Haarnoja, Aurick Zhou, Kristian Hartikainen, George Tucker, Sehoon Ha, Jie Tan, Vikash Kumar,
+Henry Zhu, Abhishek Gupta, Pieter Abbeel, Sergey Levine. 2018, arXiv:1812.05905.
+
+Online reinforcement learning of a stochastic policy, paid for its entropy. It has two roles here.
+It makes this project's data sets: a run records its replay buffer and snapshots of its policy. With
+--offline it shows why offline learning needs methods of its own: on a fixed buffer nothing corrects
+Q where the policy leaves the data, the actor climbs the errors, and Q runs away.
+
+    y      = r + γ (1 - d) (min_i Q'_i(s', a') - α log π(a' | s')),        a' ~ π(. | s')
+    L(Q_i) = (Q_i(s, a) - y)²                                                          (eq. 5)
+    L(π)   = α log π(ã | s) - min_i Q_i(s, ã),    ã = tanh(μ(s) + σ(s) ε)              (eq. 7-9)
+    L(α)   = -log α (log π(ã | s) + H),           H = -A, the entropy asked for        (eq. 18)
+
+    python algorithms/sac.py --env-id Hopper-v5 --steps 300000
+    python algorithms/sac.py --offline --dataset hopper-medium-replay --steps 100000
+
+Measured: MEASURED-LINE
+
+Differs from the paper / official code:
+- The temperature's loss is in log α instead of α, as in the official code.
+- log σ is squashed into [-5, 2] instead of clipped to [-20, 2]: its gradient never dies.
+- The two critics are one batched network, which costs fewer and larger matrix products.
+- A resumed run starts a new episode (the simulator's state is not saved); the one that was cut
+  counts as timed out. Offline, resuming is exact.
+"""
 
 import copy
 import csv
+import functools
+import http.client
+import importlib.metadata
 import json
 import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
+import h5py
+import minari
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------- Args
 
 
 @dataclass
 class Args:
-    env_id: str = "Hopper-v5"
-    seed: int = 0
-    steps: int = 1_000_000
-    batch_size: int = 256
-    hidden_dim: int = 256
-    learning_rate: float = 3e-4
-    gamma: float = 0.99
-    tau: float = 0.005
+    """SAC: online on any continuous environment, or on a fixed data set to see it fail."""
+
+    offline: bool = False
+    """learn from --dataset alone; otherwise from acting in --env-id (default Hopper-v5)"""
     random_steps: int = 5000
-    eval_every: int = 5000
-    eval_episodes: int = 10
+    """environment steps of uniformly random actions before learning begins"""
     snapshot_every: int = 5000
-    save_every: int = 50_000
-    matmul_precision: str = "high"
+    """online: environment steps between the policies kept in <run-dir>/policies"""
+    gamma: float = 0.99
+    """discount per step"""
+    tau: float = 0.005
+    """share of the new parameters in a target network's update"""
+    steps: int = 1_000_000
+    """environment steps and gradient steps, one each; offline: gradient steps"""
+    batch_size: int = 256
+    """transitions per gradient step"""
+    hidden_dim: int = 256
+    """units in each of the two hidden layers"""
+    learning_rate: float = 3e-4
+    """Adam's step size: actor, critics and temperature"""
+
+    # The run: the same flags in every file.
+    dataset: str = "hopper-medium-replay"
+    """a name (ours), a name with -v2 (D4RL's), a Minari id, or a path to .hdf5, .npz or Minari"""
+    env_id: str = ""
+    """evaluation environment, also module:Id; empty: the dataset's; none: validation losses only"""
+    seed: int = 0
+    """seed of the networks, the batches and the evaluation"""
+    eval_every: int = 5000
+    """gradient steps between evaluations; the last step is always evaluated"""
+    eval_episodes: int = 10
+    """episodes per evaluation, all stepped together"""
+    validation_fraction: float = 0.05
+    """share of the episodes kept out of training, for the validation losses"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps; auto takes a GPU if there is one"""
+    matmul_precision: Literal["highest", "high", "medium"] = "high"
+    """float32 products: high is TF32 on CUDA, medium is bfloat16 also on CPUs that have AMX"""
+    compile: bool = False
+    """fuse the update's kernels with torch.compile"""
+    cuda_graph: bool = True
+    """on CUDA: capture the whole update in a graph; same numbers, far fewer launches"""
     run_dir: str = ""
+    """where everything is written; empty: runs/<algorithm>/<dataset>/seed<seed>"""
     resume: bool = False
+    """continue from the checkpoint in the run directory"""
+    save_every: int = 50_000
+    """gradient steps between checkpoints; the last step and Ctrl-C save too"""
+    evaluate: str = ""
+    """path of a checkpoint: evaluate it, no training"""
+    capture_video: bool = False
+    """record one evaluation episode as MP4 at the end"""
 
 
-def mlp(in_dim, hidden_dim, out_dim):
-    return nn.Sequential(
-        nn.Linear(in_dim, hidden_dim),
-        nn.ReLU(),
-        nn.Linear(hidden_dim, hidden_dim),
-        nn.ReLU(),
-        nn.Linear(hidden_dim, out_dim),
+# ------------------------------------------------------------------------------------- Dataset
+
+D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
+REFERENCES = {  # D4RL's returns of a random and of an expert policy: scores 0 and 100
+    "HalfCheetah": (-280.178953, 12135.0),
+    "Hopper": (-20.272305, 3234.3),
+    "Walker2d": (1.629008, 4592.3),
+    "Ant": (-325.6, 3879.7),
+}
+
+
+@dataclass
+class Dataset:
+    """N transitions, episode after episode. To bring arrays of your own, fill one of these."""
+
+    name: str
+    source: str
+    env_id: str  # where to evaluate; "none": nowhere
+    observations: np.ndarray  # (N, S) float32
+    actions: np.ndarray  # (N, A) float32, scaled to [-1, 1] from the bounds below
+    rewards: np.ndarray  # (N, 1) float32
+    next_observations: np.ndarray  # (N, S) float32, the successor, also at an episode's end
+    terminals: np.ndarray  # (N, 1) float32: 1 where the task ended, so that nothing follows
+    ends: np.ndarray  # (N,) bool: last step of an episode, by a terminal or by a time limit
+    action_low: np.ndarray  # (A,) float32
+    action_high: np.ndarray  # (A,) float32
+    references: tuple[float, float]  # returns that score 0 and 100; NaN where there are none
+
+    def __post_init__(self):
+        self.episodes = np.cumsum(self.ends) - self.ends  # (N,) the number of each row's episode
+        self.returns = np.bincount(self.episodes, weights=self.rewards[:, 0])  # (E,)
+
+    def tensors(self, rows: np.ndarray, device: torch.device) -> dict[str, torch.Tensor]:
+        """What a learner is given: the chosen rows of every array, and the bounds, (1, A) each."""
+        names = ("observations", "actions", "rewards", "next_observations", "terminals", "episodes")
+        arrays = {name: getattr(self, name)[rows] for name in names}
+        arrays |= {"action_low": self.action_low[None], "action_high": self.action_high[None]}
+        return {name: torch.as_tensor(array, device=device) for name, array in arrays.items()}
+
+
+def load_dataset(name: str, env_id: str = "") -> Dataset:
+    """Finds, downloads, reads and checks a data set; raises SystemExit with one clear sentence."""
+
+    def refuse(what):
+        raise SystemExit(f"Data set '{name}': {what}")
+
+    # Where it is: a path, a file of ours, one of D4RL's, one of Minari's.
+    places = [Path(__file__).resolve().parents[1] / "datasets", Path("datasets")]
+    paths = [path for path in (Path(name), *(p / f"{name}.hdf5" for p in places)) if path.exists()]
+    d4rl = re.fullmatch("(halfcheetah|hopper|walker2d|ant)-([a-z-]+)-v2", name)
+    if paths:
+        raw, meta = (read_minari if paths[0].is_dir() else read_flat)(paths[0])
+        source = str(paths[0])
+    elif d4rl:
+        raw, meta = read_flat(download(f"{d4rl[1]}_{d4rl[2].replace('-', '_')}-v2.hdf5"))
+        task = next(key for key in REFERENCES if key.lower() == d4rl[1])
+        meta["env_id"], source = f"{task}-v4", "D4RL"  # -v4 has the dynamics of D4RL's -v2
+    elif re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", name):
+        (raw, meta), source = read_minari(name), "Minari"
+    else:
+        known = sorted({file.stem for place in places for file in place.glob("*.hdf5")})
+        refuse(
+            f"no such file or name. At hand: {', '.join(known) or 'none'}. `python datasets/make.py"
+            f" --list` shows those it can make; hopper-medium-v2 is D4RL's, ids like"
+            f" mujoco/hopper/expert-v0 are Minari's."
+        )
+
+    # What the file says of its environment; the environment itself knows better.
+    env_id = env_id or meta.get("env_id", "none")
+    low, high, limit = meta.get("action_low", -1.0), meta.get("action_high", 1.0), None
+    if env_id != "none":
+        env = make_env(env_id)
+        low, high, limit = env.action_space.low, env.action_space.high, env.spec.max_episode_steps
+        dims = env.observation_space.shape, env.action_space.shape
+        env.close()
+    reference = REFERENCES.get(env_id.split("-v")[0], (math.nan, math.nan))
+    reference = meta.get("ref_min_score", reference[0]), meta.get("ref_max_score", reference[1])
+
+    # Whether it can be learnt from.
+    missing = {"observations", "actions", "rewards", "terminals"} - raw.keys()
+    if missing:
+        refuse(f"it lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(raw)) or 'none'}.")
+    n = len(raw["observations"])
+    if n == 0:
+        refuse("it is empty.")
+    if np.issubdtype(raw["actions"].dtype, np.integer):
+        refuse("its actions are discrete (integers), this algorithm needs continuous ones.")
+    raw.setdefault("timeouts", np.zeros(n))
+    optional = ["next_observations"] if "next_observations" in raw else []
+    for key in ("observations", "actions", "rewards", "terminals", "timeouts", *optional):
+        if len(raw[key]) != n:
+            refuse(f"'{key}' has {len(raw[key])} rows, 'observations' has {n}.")
+        raw[key] = raw[key].reshape(n, -1).astype(np.float32)
+        bad = ~np.isfinite(raw[key]).all(axis=1)
+        if bad.any():
+            refuse(f"'{key}' is NaN or infinite, first at index {bad.argmax()}.")
+    s, a, terminals = raw["observations"], raw["actions"], raw["terminals"][:, 0] > 0
+    if env_id != "none" and (s.shape[1:], a.shape[1:]) != dims:
+        shapes = f"states {s.shape[1:]} and actions {a.shape[1:]}, {env_id} has {dims}"
+        refuse(f"it has {shapes}; name its environment with --env-id.")
+    low, high = (np.broadcast_to(np.float32(x), a.shape[1:]).copy() for x in (low, high))
+    outside = ((a < low - 1e-4) | (a > high + 1e-4)).any(axis=1)
+    if outside.any():
+        i = outside.argmax()
+        refuse(f"action {a[i]} at index {i} is outside the bounds {low} to {high}.")
+
+    # Where its episodes end. A terminal is the task's end, a timeout only the recording's: what
+    # masks the bootstrap is the terminal alone, and nothing reaches across either.
+    ends = terminals | (raw["timeouts"][:, 0] > 0)
+    ends |= breaks(s, raw.get("next_observations"), terminals)
+    starts = np.maximum.accumulate(np.where(np.append(True, ends[:-1]), np.arange(n), 0))
+    ends |= (np.arange(n) - starts + 1) % (limit or n + 1) == 0
+    keep = np.ones(n, bool)
+    if not optional:  # the next row is the successor; a timeout has none in the file, drop it
+        raw["next_observations"] = np.append(s[1:], s[-1:], axis=0)
+        keep = terminals | ~ends
+        ends[:-1] |= ~keep[1:]
+    return Dataset(
+        name=Path(name).stem if Path(name).suffix else name.rstrip("/"),
+        source=source,
+        env_id=env_id,
+        observations=s[keep],
+        actions=(2 * (a[keep] - low) / (high - low) - 1).clip(-1, 1),
+        rewards=raw["rewards"][keep],
+        next_observations=raw["next_observations"][keep],
+        terminals=np.float32(terminals[keep, None]),
+        ends=ends[keep],
+        action_low=low,
+        action_high=high,
+        references=(float(reference[0]), float(reference[1])),
     )
 
 
-class Actor(nn.Module):
-    def __init__(self, state_dim, action_low, action_high, hidden_dim):
+def breaks(s, s_next, terminals):
+    """Rows (N,) that the next row does not follow, whatever the file says: D4RL's medium-replay
+    files leave out some timeouts."""
+    if s_next is not None:
+        return np.append(np.any(s_next[:-1] != s[1:], axis=1), True)
+    # Without successors: the row before one that looks like those that episodes begin with.
+    first = s[np.append(True, terminals[:-1])]
+    spread = np.abs(first - first.mean(0)).max(0)
+    alike = (np.abs(s - first.mean(0)) <= 1.5 * spread).all(1) & (len(first) >= 20)
+    return np.append(alike[1:] & ~alike[:-1], True)
+
+
+def read_flat(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """Arrays and attributes of an .hdf5 or .npz file in D4RL's flat layout."""
+    try:
+        if path.suffix == ".npz":
+            with np.load(path) as file:
+                return dict(file), {}
+        with h5py.File(path) as file:
+            arrays = {key: item[()] for key, item in file.items() if isinstance(item, h5py.Dataset)}
+            return arrays, dict(file.attrs)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} cannot be read as .hdf5 or .npz: {error}") from None
+
+
+def read_minari(name: str | Path) -> tuple[dict[str, np.ndarray], dict]:
+    """Arrays and attributes of a Minari data set, by folder or by id (downloaded if need be)."""
+    try:
+        if isinstance(name, Path):
+            data = minari.MinariDataset(name / "data" if (name / "data").is_dir() else name)
+        else:
+            data = minari.load_dataset(name, download=True)
+        episodes = list(data.iterate_episodes())
+        columns = {
+            "observations": [episode.observations[:-1] for episode in episodes],
+            "next_observations": [episode.observations[1:] for episode in episodes],
+            "actions": [episode.actions for episode in episodes],
+            "rewards": [episode.rewards for episode in episodes],
+            "terminals": [episode.terminations for episode in episodes],
+            "timeouts": [episode.truncations for episode in episodes],
+        }
+        env_id = {"env_id": data.spec.env_spec.id} if data.spec.env_spec else {}
+        return {k: np.concatenate(v) for k, v in columns.items()}, data.storage.metadata | env_id
+    except Exception as error:  # no network, no such id, observations that are no flat array ...
+        raise SystemExit(f"Minari cannot load '{name}': {error!r}") from None
+
+
+def download(file_name: str) -> Path:
+    """Path of a D4RL file in the d4rl package's cache folder (D4RL_DATASET_DIR moves it), fetched
+    once from D4RL's server (D4RL_MIRROR names another) and begun anew after a broken transfer."""
+    folder = Path(os.environ.get("D4RL_DATASET_DIR", Path.home() / ".d4rl" / "datasets"))
+    path, part = folder / file_name, folder / f"{file_name}.part"
+    url = os.environ.get("D4RL_MIRROR", D4RL_URL).rstrip("/") + "/" + file_name
+    folder.mkdir(parents=True, exist_ok=True)
+    problem = None
+    for _ in range(0 if path.exists() else 3):
+        try:
+            torch.hub.download_url_to_file(url, str(part))  # shows a progress bar
+            h5py.File(part).close()  # raises OSError if the file is cut or is something else
+            return part.rename(path)
+        except (OSError, http.client.HTTPException) as error:
+            problem = error
+    if problem is not None:
+        hint = f"name a mirror in D4RL_MIRROR, or put the file into {folder} by hand"
+        raise SystemExit(f"No D4RL data from {url}: {problem}. Try again later, {hint}.")
+    return path
+
+
+def make_env(env_id: str, **options) -> gym.Env:
+    """`gym.make`, with one clear sentence for what can go wrong."""
+    try:
+        env = gym.make(env_id, **options)
+    except (gym.error.Error, ImportError) as error:
+        raise SystemExit(f"Environment '{env_id}' (--env-id) cannot be made: {error}") from None
+    if not all(isinstance(x, gym.spaces.Box) for x in (env.action_space, env.observation_space)):
+        raise SystemExit(f"Environment '{env_id}' (--env-id): not all spaces are Box (continuous).")
+    return env
+
+
+# ------------------------------------------------------------------------------------ Networks
+
+
+def mlp(in_dim: int, hidden_dim: int, out_dim: int, hidden_layers: int = 2) -> nn.Sequential:
+    sizes = [in_dim] + [hidden_dim] * hidden_layers
+    layers = [(nn.Linear(i, o), nn.ReLU()) for i, o in zip(sizes[:-1], sizes[1:])]
+    return nn.Sequential(*sum(layers, ()), nn.Linear(hidden_dim, out_dim))
+
+
+class Policy(nn.Module):
+    """π: states (B, S) -> a sample of the squashed Gaussian (B, A) and its log-density (B, 1)."""
+
+    def __init__(self, data, hidden_dim):
         super().__init__()
-        self.register_buffer("action_low", action_low)
-        self.register_buffer("action_high", action_high)
-        self.net = mlp(state_dim, hidden_dim, 2 * len(action_low))
+        self.register_buffer("action_low", data["action_low"])
+        self.register_buffer("action_high", data["action_high"])
+        state_dim, action_dim = data["observations"].shape[1], data["actions"].shape[1]
+        self.net = mlp(state_dim, hidden_dim, 2 * action_dim)
 
     def forward(self, s):
-        mu, log_std = self.net(s).chunk(2, dim=-1)
-        log_std = -5 + 0.5 * (2 - -5) * (torch.tanh(log_std) + 1)
+        mu, log_sigma = self.net(s).chunk(2, dim=-1)
+        log_sigma = -5 + 3.5 * (torch.tanh(log_sigma) + 1)  # in [-5, 2]
         eps = torch.randn_like(mu)
-        u = mu + log_std.exp() * eps
-        log_prob = -0.5 * eps**2 - log_std - 0.5 * math.log(2 * math.pi)
+        u = mu + log_sigma.exp() * eps
+        # log N(u) minus the tanh's log-derivative, log(1 - tanh² u), in its stable form.
+        log_prob = -0.5 * eps.square() - log_sigma - 0.5 * math.log(2 * math.pi)
         log_prob = log_prob - 2 * (math.log(2) - u - F.softplus(-2 * u))
         return torch.tanh(u), log_prob.sum(-1, keepdim=True)
 
     @torch.no_grad()
-    def act(self, observations, sample=False):
-        if sample:
-            a, _ = self(observations)
-        else:
-            a = torch.tanh(self.net(observations).chunk(2, dim=-1)[0])
+    def act(self, observations: torch.Tensor, sample: bool = False) -> torch.Tensor:
+        """What a user calls: raw observations (N, S) -> actions (N, A) in the environment's
+        bounds, the squashed mean or a sample."""
+        mu = self.net(observations).chunk(2, dim=-1)[0]
+        a = self(observations)[0] if sample else torch.tanh(mu)
         return self.action_low + 0.5 * (a + 1) * (self.action_high - self.action_low)
 
 
 class TwinCritic(nn.Module):
     """Q_1 and Q_2 as one batched network: states (B, S), actions (B, A) -> values (2, B, 1)."""
 
-    def __init__(self, state_dim, action_dim, hidden_dim):
+    def __init__(self, state_dim, action_dim, hidden_dim, hidden_layers=2):
         super().__init__()
-        sizes = (state_dim + action_dim, hidden_dim, hidden_dim, 1)
+        sizes = (state_dim + action_dim, *[hidden_dim] * hidden_layers, 1)
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for fan_in, fan_out in zip(sizes, sizes[1:]):
-            bound = fan_in**-0.5
+        for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
+            bound = fan_in**-0.5  # as nn.Linear begins
             self.weights.append(torch.empty(2, fan_in, fan_out).uniform_(-bound, bound))
             self.biases.append(torch.empty(2, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, s, a):
         x = torch.cat([s, a], dim=-1).expand(2, -1, -1)  # (2, B, S + A)
         for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
-            x = F.relu(torch.baddbmm(bias, x, weight))  # (2, B, H)
+            x = torch.relu(torch.baddbmm(bias, x, weight))  # (2, B, H)
         return torch.baddbmm(self.biases[-1], x, self.weights[-1])  # (2, B, 1)
 
 
+# ----------------------------------------------------------------------------------- Algorithm
+
+
 class SAC:
-    def __init__(self, data, low, high, args, device):
-        self.data, self.args = data, args
+    """The learner. All it needs lives on the data's device, so one update is one CUDA graph."""
+
+    def __init__(self, data: dict[str, torch.Tensor], args: Args):
+        self.data, self.args, device = data, args, data["rewards"].device
         state_dim, action_dim = data["observations"].shape[1], data["actions"].shape[1]
-        self.size = 0
-        self.actor = Actor(state_dim, low, high, args.hidden_dim).to(device)
+        self.size = torch.tensor(len(data["rewards"]), device=device)  # rows filled so far
+        self.policy = Policy(data, args.hidden_dim).to(device)
         self.critic = TwinCritic(state_dim, action_dim, args.hidden_dim).to(device)
         self.critic_target = copy.deepcopy(self.critic)
         self.log_alpha = torch.zeros((), device=device, requires_grad=True)
-        self.target_entropy = -float(action_dim)
+        self.target_entropy = -action_dim
         adam = dict(lr=args.learning_rate, fused=True, capturable=device.type == "cuda")
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), **adam)
+        self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), **adam)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), **adam)
         self.alpha_optimizer = torch.optim.Adam([self.log_alpha], **adam)
 
-    def update(self):
-        args = self.args
-        i = torch.randint(self.size, (args.batch_size,))
-        s, a, r, s_next, d = (
-            self.data[k][i]
-            for k in ("observations", "actions", "rewards", "next_observations", "terminals")
-        )
-        alpha = self.log_alpha.detach().exp()
+    def phase(self, step: int):
+        """The update to use at this step, and how many gradient steps one call of it takes."""
+        return self.update, 1
 
+    def update(self) -> dict[str, torch.Tensor]:
+        """One step of critics, actor and temperature. Returns detached tensors, never
+        synchronises."""
+        s, a, r, s_next, d = self.sample()  # (B, S), (B, A), (B, 1), (B, S), (B, 1)
+        metrics = self.update_critic(s, a, r, s_next, d)
+        metrics |= self.update_actor(s)
         with torch.no_grad():
-            a_next, log_prob_next = self.actor(s_next)
-            q_next = self.critic_target(s_next, a_next).amin(0) - alpha * log_prob_next
-            y = r + args.gamma * (1 - d) * q_next
-        q = self.critic(s, a)  # (2, B, 1)
-        critic_loss = (q - y).square().mean((1, 2)).sum()
-        self.critic_optimizer.zero_grad()
-        critic_loss.backward()
-        self.critic_optimizer.step()
+            target, online = self.critic_target.parameters(), self.critic.parameters()
+            torch._foreach_lerp_(list(target), list(online), self.args.tau)
+        return metrics
 
-        pi, log_prob = self.actor(s)
-        self.critic.requires_grad_(False)
-        actor_loss = (alpha * log_prob - self.critic(s, pi).amin(0)).mean()
-        self.actor_optimizer.zero_grad()
-        actor_loss.backward()
-        self.actor_optimizer.step()
+    def sample(self):
+        i = (torch.rand(self.args.batch_size, device=self.size.device) * self.size).long()
+        keys = ("observations", "actions", "rewards", "next_observations", "terminals")
+        return [self.data[key][i] for key in keys]
+
+    def critic_losses(self, s, a, r, s_next, d):
+        # Target: the smaller of two target critics, plus the entropy of the action chosen there.
+        with torch.no_grad():
+            a_next, log_prob = self.policy(s_next)
+            entropy = -self.log_alpha.exp() * log_prob  # (B, 1)
+            # d is 1 at a terminal only: a time limit ends the episode, not the future.
+            q_next = self.critic_target(s_next, a_next).amin(0) + entropy  # (B, 1)
+            y = r + self.args.gamma * (1 - d) * q_next
+
+        # Both critics regress on it.
+        q = self.critic(s, a)  # (2, B, 1)
+        return (q - y).square().mean((1, 2)).sum(), q
+
+    def update_critic(self, s, a, r, s_next, d):
+        loss, q = self.critic_losses(s, a, r, s_next, d)
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        self.critic_optimizer.step()
+        return {"losses/critic": loss.detach(), "values/q": q.detach().mean()}
+
+    def update_actor(self, s):
+        # Climb the smaller critic, paid for entropy at the temperature α.
+        alpha = self.log_alpha.detach().exp()
+        pi, log_prob = self.policy(s)
+        self.critic.requires_grad_(False)  # the gradient passes through Q, it stops at π
+        loss = (alpha * log_prob - self.critic(s, pi).amin(0)).mean()
+        self.policy_optimizer.zero_grad()
+        loss.backward()
+        self.policy_optimizer.step()
         self.critic.requires_grad_(True)
 
-        alpha_loss = -(self.log_alpha * (log_prob.detach() + self.target_entropy).mean())
+        # Temperature: up where the policy's entropy is below the one asked for.
+        surplus = log_prob.detach().mean() + self.target_entropy
+        alpha_loss = -self.log_alpha * surplus
         self.alpha_optimizer.zero_grad()
         alpha_loss.backward()
         self.alpha_optimizer.step()
+        return {
+            "losses/actor": loss.detach(),
+            "values/alpha": alpha,
+            "values/entropy": -log_prob.detach().mean(),
+        }
 
-        with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.critic_target.parameters()), list(self.critic.parameters()), args.tau
-            )
-        return {"q": q.detach().mean(), "alpha": alpha, "critic": critic_loss.detach()}
+    def actors(self) -> dict:
+        """Policies to evaluate, by suffix of their columns; the first one is the result."""
+        return {"": self.policy.act}
+
+    @torch.no_grad()
+    def validate(self, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Critic loss on held-out transitions, and Q of the policy's actions there: far above any
+        possible return when it has diverged."""
+        s, a, r = data["observations"], data["actions"], data["rewards"]
+        critic, _ = self.critic_losses(s, a, r, data["next_observations"], data["terminals"])
+        return {
+            "validation/critic": critic,
+            "validation/q": self.critic(s, self.policy(s)[0]).mean(),
+        }
 
 
-def evaluate(actor, args):
-    envs = gym.make_vec(args.env_id, args.eval_episodes, vectorization_mode="sync")
-    obs, _ = envs.reset(seed=10_000 + args.seed)
-    returns, done = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, bool)
-    while not done.all():
-        a = actor.act(torch.as_tensor(obs, dtype=torch.float32)).numpy()
-        obs, r, terminated, truncated, _ = envs.step(a)
-        returns += r * ~done
-        done |= terminated | truncated
-    envs.close()
-    return returns
+Learner = SAC  # the name by which the training loop knows it
 
 
-def main(args):
-    torch.set_num_threads(1)
-    torch.set_float32_matmul_precision(args.matmul_precision)
-    torch.manual_seed(args.seed)
-    run_dir = Path(args.run_dir or f"runs/sac/{args.env_id}/seed{args.seed}")
-    (run_dir / "policies").mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.json").write_text(json.dumps(asdict(args), indent=2))
-    env = gym.make(args.env_id)
-    low, high = (torch.as_tensor(x) for x in (env.action_space.low, env.action_space.high))
-    n, s_dim, a_dim = args.steps, env.observation_space.shape[0], len(low)
-    data = dict(
-        observations=torch.zeros(n, s_dim),
-        actions=torch.zeros(n, a_dim),
-        rewards=torch.zeros(n, 1),
-        next_observations=torch.zeros(n, s_dim),
-        terminals=torch.zeros(n, 1),
-        timeouts=torch.zeros(n, 1),
-    )
-    learner = SAC(data, low, high, args, torch.device("cpu"))
-    start = 0
-    if args.resume and (run_dir / "checkpoint.pt").exists():
-        c = torch.load(run_dir / "checkpoint.pt")
-        start = c["step"]
-        for k in data:
-            data[k][:start] = c["data"][k]
-        for k in ("actor", "critic", "critic_target"):
-            getattr(learner, k).load_state_dict(c[k])
-        learner.log_alpha.data.copy_(c["log_alpha"])
-        for k in ("actor_optimizer", "critic_optimizer", "alpha_optimizer"):
-            getattr(learner, k).load_state_dict(c[k])
-        learner.size = start
-    obs, _ = env.reset(seed=args.seed + start)
-    env.action_space.seed(args.seed)
-    began, ep_return, recent = time.time(), 0.0, []
-    for step in range(start + 1, n + 1):
-        i = step - 1
-        if step <= args.random_steps:
-            a = torch.rand(a_dim) * 2 - 1
-            action = low + 0.5 * (a + 1) * (high - low)
+class Collector:
+    """Acts in the environment with the policy of a learner and fills the learner's data."""
+
+    KEYS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+
+    def __init__(self, env: gym.Env, args: Args, device: torch.device):
+        self.env, self.args = env, args
+        low, high = env.action_space.low[None], env.action_space.high[None]
+        s, a, n = env.observation_space.shape[0], low.shape[1], args.steps
+        widths = dict(zip(self.KEYS, (s, a, 1, s, 1, 1)))
+        self.data = {key: torch.zeros(n, width, device=device) for key, width in widths.items()}
+        self.data |= {"action_low": torch.as_tensor(low, device=device)}
+        self.data |= {"action_high": torch.as_tensor(high, device=device)}
+        self.observation = None
+
+    def step(self, learner: SAC, i: int) -> None:
+        """Fills row i with one environment step."""
+        if self.observation is None:
+            self.observation, _ = self.env.reset(seed=self.args.seed + i)
+        low, high = self.data["action_low"], self.data["action_high"]
+        s = torch.as_tensor(self.observation[None], dtype=torch.float32, device=low.device)
+        if i < self.args.random_steps:
+            action = low + torch.rand_like(low) * (high - low)
         else:
-            action = learner.actor.act(torch.as_tensor(obs, dtype=torch.float32)[None], True)[0]
-        next_obs, r, terminated, truncated, _ = env.step(action.numpy())
-        data["observations"][i] = torch.as_tensor(obs, dtype=torch.float32)
-        data["actions"][i] = 2 * (action - low) / (high - low) - 1
-        data["rewards"][i] = float(r)
-        data["next_observations"][i] = torch.as_tensor(next_obs, dtype=torch.float32)
-        data["terminals"][i] = float(terminated)
-        data["timeouts"][i] = float(truncated and not terminated)
-        learner.size = step
-        obs, ep_return = next_obs, ep_return + float(r)
-        if terminated or truncated:
-            recent.append(ep_return)
-            ep_return = 0.0
-            obs, _ = env.reset()
-        if step > args.random_steps:
-            m = learner.update()
-        if step % args.snapshot_every == 0:
-            torch.save(learner.actor.state_dict(), run_dir / "policies" / f"{step:08d}.pt")
-        if step % args.eval_every == 0:
-            ret = evaluate(learner.actor, args)
-            with open(run_dir / "eval.csv", "a") as f:
-                csv.writer(f).writerow(
-                    [step, round(time.time() - began, 1), ret.mean(), ret.std(), len(recent)]
+            action = learner.policy.act(s, sample=True)
+        s_next, r, terminated, truncated, _ = self.env.step(action[0].cpu().numpy())
+        row = (s[0], 2 * (action[0] - low[0]) / (high[0] - low[0]) - 1, r)
+        row += (torch.as_tensor(s_next, dtype=torch.float32), terminated)
+        for key, value in zip(self.KEYS, (*row, truncated and not terminated)):
+            self.data[key][i] = value
+        self.observation = s_next if not (terminated or truncated) else self.env.reset()[0]
+        learner.size.fill_(i + 1)
+
+    def save(self, path: Path, n: int) -> None:
+        """Writes the first n rows in D4RL's flat layout, actions in the environment's bounds."""
+        low, high = self.data["action_low"].cpu(), self.data["action_high"].cpu()
+        with h5py.File(path.with_suffix(".tmp"), "w") as file:
+            for key in self.KEYS:
+                rows = self.data[key][:n].cpu()
+                rows = low + 0.5 * (rows + 1) * (high - low) if key == "actions" else rows
+                file[key] = (
+                    rows.numpy() if rows.shape[1] > 1 or "obs" in key else rows[:, 0].numpy()
                 )
-            sps = (step - start) / (time.time() - began)
-            extra = (
-                {k: round(float(v), 3) for k, v in m.items()} if step > args.random_steps else {}
-            )
-            print(
-                step,
-                round(ret.mean(), 1),
-                round(ret.std(), 1),
-                f"{sps:.0f}/s",
-                "train",
-                round(float(np.mean(recent[-20:] or [0])), 1),
-                extra,
-                flush=True,
-            )
-        if step % args.save_every == 0 or step == n:
-            c = {
-                k: getattr(learner, k).state_dict()
-                for k in (
-                    "actor",
-                    "critic",
-                    "critic_target",
-                    "actor_optimizer",
-                    "critic_optimizer",
-                    "alpha_optimizer",
-                )
-            }
-            c |= {
-                "log_alpha": learner.log_alpha.detach(),
-                "step": step,
-                "data": {k: v[:step].clone() for k, v in data.items()},
-            }
-            torch.save(c, run_dir / "tmp.pt")
-            (run_dir / "tmp.pt").rename(run_dir / "checkpoint.pt")
+            file.attrs["env_id"] = self.env.spec.id
+        path.with_suffix(".tmp").replace(path)
+
+    def load(self, path: Path, n: int) -> None:
+        """Reads n rows back; the episode that the stop cut counts as timed out."""
+        low, high = self.data["action_low"].cpu(), self.data["action_high"].cpu()
+        with h5py.File(path) as file:
+            for key in self.KEYS:
+                rows = torch.as_tensor(file[key][:n]).reshape(n, -1)
+                rows = 2 * (rows - low) / (high - low) - 1 if key == "actions" else rows
+                self.data[key][:n] = rows
+        self.data["timeouts"][n - 1] = 1 - self.data["terminals"][n - 1]
+
+
+# ---------------------------------------------------------------------------------- Evaluation
+
+
+def evaluate(learner, spec: dict, episodes: int, seed: int) -> dict[str, float]:
+    """Return, length and score over `episodes` episodes, all stepped together. The first of the
+    learner's policies is the result; the others' return and score get a suffix."""
+    low, high = spec["references"]
+    row = {}
+    for suffix, act in learner.actors().items():
+        envs = gym.make_vec(spec["env_id"], num_envs=episodes, vectorization_mode="sync")
+        observations, _ = envs.reset(seed=seed)
+        returns, lengths, running = np.zeros((3, episodes))
+        running += 1  # until the episode's end, by a terminal or a time limit; then it is 0
+        while running.any():
+            actions = act(torch.as_tensor(observations, dtype=torch.float32, device=spec["device"]))
+            observations, rewards, terminated, truncated, _ = envs.step(actions.cpu().numpy())
+            returns += running * rewards
+            lengths += running
+            running *= ~(terminated | truncated)
+        envs.close()
+        row[f"return_mean{suffix}"] = float(returns.mean())
+        if not suffix:
+            row |= {"return_std": float(returns.std()), "length_mean": float(lengths.mean())}
+        row[f"score{suffix}"] = float(100 * (returns.mean() - low) / (high - low))
+    return row
+
+
+def evaluate_checkpoint(args: Args, device: torch.device) -> dict[str, float]:
+    """--evaluate: a policy from its checkpoint alone, without its data set."""
+    if not Path(args.evaluate).is_file():
+        raise SystemExit(f"--evaluate {args.evaluate}: no such checkpoint.")
+    saved = torch.load(args.evaluate, map_location=device, weights_only=True)
+    spec = saved["spec"] | {"device": device}
+    spec["env_id"] = args.env_id or spec["env_id"]
+    blank = {key: torch.zeros(shape, device=device) for key, shape in spec["shapes"].items()}
+    learner = Learner(blank, Args(**saved["args"]))
+    restore(learner, saved["learner"])
+    row = {"step": saved["step"]} | evaluate(learner, spec, args.eval_episodes, args.seed)
+    print(f"{args.evaluate} on {args.eval_episodes} episodes of {spec['env_id']}: {describe(row)}")
+    if args.capture_video:
+        record_video(learner.policy.act, spec, Path(args.evaluate).parent)
+    return row
+
+
+def record_video(act, spec: dict, folder: Path) -> None:
+    """One episode as MP4. Where no display driver or no encoder is, it says so and goes on."""
+    try:
+        env = make_env(spec["env_id"], render_mode="rgb_array")
+        env = gym.wrappers.RecordVideo(env, str(folder), disable_logger=True)
+        observation, _ = env.reset(seed=0)
+        done = False
+        while not done:
+            s = torch.as_tensor(observation[None], dtype=torch.float32, device=spec["device"])
+            observation, _, terminated, truncated, _ = env.step(act(s)[0].cpu().numpy())
+            done = terminated or truncated
+        env.close()
+    except Exception as error:
+        print(f"No video: {error} (MuJoCo without a screen needs MUJOCO_GL=egl or osmesa)")
+
+
+# ------------------------------------------------------------------------------- Training loop
+
+
+def train(args: Args) -> list[dict[str, float]]:
+    """Trains, or with --evaluate only evaluates. Returns the evaluations, oldest first."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if args.device == "auto" else args.device)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    if args.evaluate:
+        return [evaluate_checkpoint(args, device)]
+
+    # The run directory: never overwritten, continued only on demand.
+    name = Path(__file__).stem
+    env_id = args.env_id or "Hopper-v5"
+    task = Path(args.dataset).stem if args.offline else env_id
+    run_dir = Path(args.run_dir or f"runs/{name}/{task}/seed{args.seed}")
+    checkpoint = run_dir / "checkpoint.pt"
+    if (run_dir / "config.json").exists() and not args.resume:
+        raise SystemExit(f"{run_dir} holds a run: --resume continues it, --run-dir goes elsewhere.")
+    if args.resume and not checkpoint.exists():
+        raise SystemExit(f"--resume: no checkpoint in {run_dir}; start without --resume.")
+
+    # The data: a data set, less some episodes for the validation losses, or an empty replay buffer.
+    print(f"{name} on {task}: {args.steps:,} steps on {device}; everything is written to {run_dir}")
+    if args.offline:
+        dataset = load_dataset(args.dataset, args.env_id)
+        episodes = len(dataset.returns)
+        held_out = min(episodes - 1, math.ceil(args.validation_fraction * episodes))
+        chosen = np.random.default_rng(args.seed).permutation(episodes)[:held_out]
+        held_out_rows = np.isin(dataset.episodes, chosen)
+        data = dataset.tensors(~held_out_rows, device)
+        validation = dataset.tensors(np.flatnonzero(held_out_rows)[:10_000], device)
+        spec = {"name": dataset.name, "env_id": dataset.env_id, "references": dataset.references}
+        print(
+            f"  {len(dataset.ends):,} transitions in {episodes:,} episodes of return"
+            f" {dataset.returns.mean():.1f} (mean), {dataset.returns.max():.1f} (best)"
+        )
+    else:
+        collector = Collector(make_env(env_id), args, device)
+        data, held_out = collector.data, 0
+        references = REFERENCES.get(env_id.split("-v")[0], (math.nan, math.nan))
+        spec = {"name": env_id, "env_id": env_id, "references": references}
+        (run_dir / "policies").mkdir(parents=True, exist_ok=True)
+    spec |= {"shapes": {key: list(value[:1].shape) for key, value in data.items()}}
+
+    # The learner, new or where an earlier run stopped.
+    torch.manual_seed(args.seed)
+    learner = Learner(data, args)
+    step, seconds, history = 0, 0.0, []
+    if args.resume:
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        check_same(args, saved["args"])
+        step, seconds, history = saved["step"], saved["seconds"], saved["history"]
+        restore(learner, saved["learner"])
+        if not args.offline:
+            collector.load(run_dir / "replay.hdf5", step)
+        torch.set_rng_state(saved["rng"].cpu())
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_rng"].cpu(), device)
+
+    write_config(run_dir, args, spec)
+    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    fast = functools.cache(lambda update: accelerate(update, args, device))
+    began, first, metrics = time.time() - seconds, step, {}
+    bar = tqdm(total=args.steps, initial=step, unit="step", disable=not sys.stdout.isatty())
+
+    def save():
+        check_finite(metrics, step, checkpoint)
+        state = {"args": asdict(args), "spec": spec, "learner": snapshot(learner), "step": step}
+        state |= {"seconds": time.time() - began, "history": history, "rng": torch.get_rng_state()}
+        if device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(device)
+        if not args.offline:
+            collector.save(run_dir / "replay.hdf5", step)
+        torch.save(state, run_dir / "checkpoint.tmp")
+        (run_dir / "checkpoint.tmp").replace(checkpoint)  # at once: a crash leaves the old one
+
+    try:
+        while step < args.steps:
+            if not args.offline:
+                collector.step(learner, step)
+            update, n = learner.phase(step)
+            if args.offline or step >= args.random_steps:
+                metrics = fast(update)()
+            step += n
+            bar.update(n)
+            due = lambda period: step % period < n or step >= args.steps  # noqa: E731
+            if due(500):
+                check_finite(metrics, step, checkpoint)
+                for key, value in metrics.items():
+                    add = writer.add_scalar if value.numel() == 1 else writer.add_histogram
+                    add(key, value.cpu(), step)
+                speed = (step - first) / (time.time() - began - seconds)
+                writer.add_scalar("charts/steps_per_second", speed, step)
+            if not args.offline and due(args.snapshot_every):
+                torch.save(learner.policy.state_dict(), run_dir / "policies" / f"{step:08d}.pt")
+            if due(args.eval_every):
+                row = {"step": step, "seconds": round(time.time() - began, 1)}
+                if spec["env_id"] != "none":
+                    seed = 1_000_003 * args.seed + step
+                    row |= evaluate(learner, spec | {"device": device}, args.eval_episodes, seed)
+                if held_out:
+                    row |= {k: float(v) for k, v in learner.validate(validation).items()}
+                low, high = spec["references"]
+                if not args.offline and row["return_mean"] > low + (high - low) / 3:
+                    if spec.setdefault("medium", step) == step:
+                        bar.write(
+                            f"step {step:>9,}  medium: the first past a third of the expert's"
+                        )
+                history.append(row)
+                write_history(run_dir, history)
+                for key in list(row)[2:]:
+                    writer.add_scalar(key if "/" in key else f"eval/{key}", row[key], step)
+                best = max(row.get("return_mean", math.nan) for row in history)
+                bar.write(f"{describe(row)}  (best return so far {best:.4g})")
+            if due(args.save_every):
+                save()
+    except KeyboardInterrupt:
+        save()
+        sys.exit(f"\nSaved at step {step:,}; the same command with --resume goes on from there.")
+    finally:
+        bar.close()
+        writer.close()
+    if args.capture_video and spec["env_id"] != "none":
+        record_video(learner.policy.act, spec | {"device": device}, run_dir)
+    print(f"Done after {(time.time() - began) / 60:.1f} minutes; results are in {run_dir}")
+    return history
+
+
+def accelerate(update, args: Args, device: torch.device):
+    """The same update, faster: compiled on demand, and on CUDA captured in a graph, which replays
+    its hundreds of kernels at the cost of one launch."""
+    update = torch.compile(update) if args.compile else update
+    if device.type != "cuda" or not args.cuda_graph:
+        return update
+    side, graph, calls, metrics = torch.cuda.Stream(), torch.cuda.CUDAGraph(), 0, {}
+
+    def replay():
+        nonlocal calls, metrics
+        calls += 1
+        if calls <= 3:  # capture asks for some calls before it, off the default stream
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                metrics = update()
+            torch.cuda.current_stream().wait_stream(side)
+            return metrics
+        if calls == 4:
+            with torch.cuda.graph(graph):  # records the update, does not run it
+                metrics = update()
+        graph.replay()
+        return metrics
+
+    return replay
+
+
+def snapshot(learner) -> dict:
+    """State of a learner: of its networks and its optimisers, and its own tensors."""
+    items = vars(learner).items()
+    state = {key: item.state_dict() for key, item in items if hasattr(item, "state_dict")}
+    return state | {key: item.detach() for key, item in items if isinstance(item, torch.Tensor)}
+
+
+def restore(learner, state: dict) -> None:
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            getattr(learner, key).data.copy_(value)
+        else:
+            getattr(learner, key).load_state_dict(value)
+
+
+def check_finite(metrics: dict, step: int, checkpoint: Path) -> None:
+    bad = [term for term, value in metrics.items() if not torch.isfinite(value).all()]
+    if bad:
+        kept = "the last good checkpoint is kept" if checkpoint.exists() else "nothing was saved"
+        raise SystemExit(f"Step {step:,}: {', '.join(bad)} not finite. Stopped; {kept}.")
+
+
+def check_same(args: Args, saved: dict) -> None:
+    """A run goes on as what it was: only these flags may differ."""
+    free = "steps eval_every eval_episodes eval_xi save_every device matmul_precision compile"
+    free += " cuda_graph run_dir resume evaluate capture_video"
+    for key, value in saved.items():
+        if key not in free.split() and getattr(args, key) != value:
+            flag = "--" + key.replace("_", "-")
+            raise SystemExit(f"--resume: the run was started with {flag} {value}; pass the same.")
+
+
+def describe(row: dict[str, float]) -> str:
+    hidden = ("step", "seconds")  # and a score where there are no reference returns
+    numbers = [f"{k} {x:.4g}" for k, x in row.items() if k not in hidden and not math.isnan(x)]
+    return f"step {row['step']:>9,}  " + "  ".join(numbers)
+
+
+def write_config(run_dir: Path, args: Args, spec: dict) -> None:
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    config = {"args": asdict(args), "dataset": spec["name"], "env_id": spec["env_id"]}
+    config |= {"python": platform.python_version(), "machine": platform.platform()}
+    config |= {p: importlib.metadata.version(p) for p in ("torch", "numpy", "gymnasium")}
+    config |= {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
+    config |= {"cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+    if shutil.which("git"):
+        config["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_history(run_dir: Path, history: list[dict]) -> None:
+    columns = ["step", "seconds", "return_mean", "return_std", "length_mean", "score"]
+    columns += [key for key in history[0] if key not in columns]
+    with open(run_dir / "eval.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, columns, extrasaction="ignore")
+        table.writeheader()
+        table.writerows(history)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    train(tyro.cli(Args))

@@ -629,8 +629,8 @@ def train(args: Args) -> list[dict[str, float]]:
                 write_history(run_dir, history)
                 for key in list(row)[2:]:
                     writer.add_scalar(key if "/" in key else f"eval/{key}", row[key], step)
-                best = max(row.get("score", math.nan) for row in history)
-                bar.write(f"{describe(row)}  (best score {best:.1f})")
+                best = max(row.get("return_mean", math.nan) for row in history)
+                bar.write(f"{describe(row)}  (best return so far {best:.4g})")
             if due(args.save_every):
                 save()
     except KeyboardInterrupt:
@@ -704,7 +704,8 @@ def check_same(args: Args, saved: dict) -> None:
 
 
 def describe(row: dict[str, float]) -> str:
-    numbers = [f"{key} {row[key]:.4g}" for key in row if key not in ("step", "seconds")]
+    hidden = ("step", "seconds")  # and a score where there are no reference returns
+    numbers = [f"{k} {x:.4g}" for k, x in row.items() if k not in hidden and not math.isnan(x)]
     return f"step {row['step']:>9,}  " + "  ".join(numbers)
 
 
