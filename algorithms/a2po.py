@@ -238,6 +238,10 @@ def load_dataset(name: str, env_id: str = "") -> Dataset:
     if np.issubdtype(raw["actions"].dtype, np.integer):
         refuse("its actions are discrete (integers), this algorithm needs continuous ones.")
     raw.setdefault("timeouts", np.zeros(n))
+    if "final_observations" in raw:  # our files hold successors once, in the next row or here
+        last = (raw["terminals"] > 0) | (raw["timeouts"] > 0)
+        raw["next_observations"] = np.append(raw["observations"][1:], raw["observations"][:1], 0)
+        raw["next_observations"][last] = raw["final_observations"]
     optional = ["next_observations"] if "next_observations" in raw else []
     for key in ("observations", "actions", "rewards", "terminals", "timeouts", *optional):
         if len(raw[key]) != n:

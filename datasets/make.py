@@ -76,6 +76,9 @@ class Args:
     """maintainers: build the policies (and a shipped replay set) of --task from this SAC run"""
     task: str = ""
     """hopper, halfcheetah, walker2d or pendulum"""
+    medium_step: int = 0
+    """environment step of the medium policy; 0: the first whose evaluation passes a third of the
+    expert's return"""
     expert_step: int = 0
     """environment step of the expert policy; 0: the last"""
     replay_steps: int = 0
@@ -102,18 +105,26 @@ def episodes_of(data: Data) -> tuple[np.ndarray, np.ndarray]:
 
 def read(name: str) -> tuple[Data, dict]:
     with h5py.File(FOLDER / f"{name}.hdf5") as file:
-        return {key: file[key][()] for key in COLUMNS}, dict(file.attrs)
+        data = {key: file[key][()] for key in COLUMNS if key != "next_observations"}
+        successors = np.roll(data["observations"], -1, axis=0)
+        successors[data["terminals"] | data["timeouts"]] = file["final_observations"][()]
+        return data | {"next_observations": successors}, dict(file.attrs)
 
 
 def write(name: str, data: Data, attributes: dict, overwrite: bool) -> None:
     path = FOLDER / f"{name}.hdf5"
     if path.exists() and not overwrite:
         raise SystemExit(f"{path} exists; --overwrite replaces it.")
+    # A successor is the next row, but for the last of an episode: storing only those keeps every
+    # one of them at half the size. Readers that know nothing of it see D4RL's layout.
+    ends = data["terminals"].astype(bool) | data["timeouts"].astype(bool)
+    stored = {key: data[key] for key in COLUMNS if key != "next_observations"}
+    stored["final_observations"] = data["next_observations"][ends]
     with h5py.File(path.with_suffix(".tmp"), "w") as file:
-        for key in COLUMNS:
+        for key, values in stored.items():
             kind = bool if key in ("terminals", "timeouts") else np.float32
             options = dict(compression="gzip", compression_opts=9, shuffle=True)
-            file.create_dataset(key, data=data[key].astype(kind), **options)
+            file.create_dataset(key, data=values.astype(kind), **options)
         file.attrs.update(attributes)
     path.with_suffix(".tmp").replace(path)
     returns = episodes_of(data)[1]
@@ -329,7 +340,8 @@ def from_sac(args: Args) -> None:
     data = roll_out(env_id, None, min(n, 50_000), seed=12345)
     random_return = float(episodes_of(data)[1].mean())
     low, high = sac.REFERENCES.get(env_id.split("-v")[0], (random_return, returns[expert]))
-    medium = next(step for step in snapshots if returns[step] > low + (high - low) / 3)
+    past = [step for step in snapshots if returns[step] > low + (high - low) / 3]
+    medium = args.medium_step or past[0]
     replay_steps = args.replay_steps or medium
     before = [step for step in snapshots if step <= replay_steps]
     picked = [before[i] for i in np.linspace(0, len(before) - 1, 20).round().astype(int)]
@@ -380,9 +392,9 @@ def card() -> None:
     known = [f"{task}-{level}" for task in TASKS for level in LEVELS]
     rows = [row_of(name) for name in known if (FOLDER / f"{name}.hdf5").exists()]
     table = [
-        "| data set | transitions | episodes | mean return | min | 25 % | median | 75 % | max | MB |"
-        " seconds to make | how |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
+        "| data set | transitions | episodes | mean return | min | 25 % | median | 75 % | max |"
+        " MB | s to make | how |",
+        "|---|" + "--:|" * 10 + "---|",
     ]
     table = "\n".join([*table, *rows]) + "\n"
     (FOLDER / "README.md").write_text(head + begin + table + end + rest.split(end)[1])

@@ -1,0 +1,141 @@
+"""What the tests share: the algorithms as modules, two tiny data sets, sizes that train at once."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
+
+import gymnasium as gym
+import h5py
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "algorithms").glob("*.py"))
+NAMES = [path.stem for path in FILES]
+
+# A run of a second: for every file, and what a file needs on top.
+TINY = dict(steps=20, batch_size=16, hidden_dim=16, eval_every=10, eval_episodes=2, device="cpu")
+TINY_EXTRA = {
+    "a2po": dict(cvae_dim=16, cvae_min_steps=10),  # the CVAE is frozen in the middle of the run
+    "sac": dict(offline=True),
+}
+
+
+def load(name: str, fresh: bool = False):
+    """The module algorithms/<name>.py, by its path: the folder is no package."""
+    known = f"{'fresh' if fresh else 'algorithm'}_{name}"
+    if fresh or known not in sys.modules:
+        path = ROOT / "algorithms" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(known, path)
+        sys.modules[known] = importlib.util.module_from_spec(spec)  # dataclasses look there
+        spec.loader.exec_module(sys.modules[known])
+    return sys.modules[known]
+
+
+def tiny(name: str, **flags) -> dict:
+    return TINY | TINY_EXTRA.get(name, {}) | flags
+
+
+def record(env_id: str, act, steps: int, cut=None) -> dict[str, np.ndarray]:
+    """`steps` steps in D4RL's flat layout; `cut` draws the step at which to stop an episode."""
+    columns = "observations actions rewards next_observations terminals timeouts".split()
+    rows, rng, env = {key: [] for key in columns}, np.random.default_rng(0), gym.make(env_id)
+    s, _ = env.reset(seed=0)
+    length, last = 0, cut(rng) if cut else steps
+    for _ in range(steps):
+        a = np.float32(act(s, rng))
+        s_next, r, terminal, timeout, _ = env.step(a)
+        length += 1
+        timeout = (timeout or length >= last) and not terminal
+        for key, value in zip(columns, (s, a, r, s_next, terminal, timeout)):
+            rows[key].append(value)
+        s = s_next
+        if terminal or timeout:
+            s, _ = env.reset()
+            length, last = 0, cut(rng) if cut else steps
+    env.close()
+    return {key: np.array(value) for key, value in rows.items()}
+
+
+def write_hdf5(path: Path, arrays: dict, **attributes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        for key, array in arrays.items():
+            file[key] = array
+        file.attrs.update(attributes)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pendulum() -> dict[str, np.ndarray]:
+    """8 episodes of 200 steps, no terminals, actions in [-2, 2]: a damped and noisy controller."""
+
+    def act(s, rng):
+        return np.clip(-0.5 * s[2:] + rng.uniform(-1.5, 1.5, 1), -2, 2)
+
+    return record("Pendulum-v1", act, 1600)
+
+
+@pytest.fixture(scope="session")
+def hopper() -> dict[str, np.ndarray]:
+    """2000 steps: about as many falls (terminals) as episodes cut at 15 to 60 steps (timeouts)."""
+    arrays = record(
+        "Hopper-v5", lambda s, g: g.uniform(-0.3, 0.3, 3), 2000, lambda g: g.integers(15, 60)
+    )
+    assert arrays["terminals"].sum() >= 20 and arrays["timeouts"].sum() >= 20
+    return arrays
+
+
+@pytest.fixture(scope="session")
+def pendulum_file(pendulum, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "tiny-pendulum.hdf5"
+    attributes = dict(env_id="Pendulum-v1", action_low=[-2.0], action_high=[2.0])
+    return write_hdf5(path, pendulum, **attributes, ref_min_score=-1500, ref_max_score=0)
+
+
+@pytest.fixture(params=NAMES)
+def module(request):
+    return load(request.param)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch) -> Path:
+    """An empty working directory, and no cache or server of the user's within reach."""
+    for key, value in {
+        "D4RL_DATASET_DIR": tmp_path / "d4rl",
+        "D4RL_MIRROR": "http://127.0.0.1:9",  # nothing listens there
+        "MINARI_DATASETS_PATH": tmp_path / "minari",
+        "no_proxy": "127.0.0.1",
+    }.items():
+        monkeypatch.setenv(key, str(value))
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    return tmp_path / "cwd"
+
+
+@pytest.fixture
+def toy_env(tmp_path, monkeypatch) -> str:
+    """Id of an environment in a module of the user's: 2 numbers to see, an action in [-1, 3]."""
+    (tmp_path / "toy_module.py").write_text(
+        "import gymnasium as gym, numpy as np\n"
+        "class Toy(gym.Env):\n"
+        "    observation_space = gym.spaces.Box(-9, 9, (2,), np.float32)\n"
+        "    action_space = gym.spaces.Box(-1, 3, (1,), np.float32)\n"
+        "    def reset(self, *, seed=None, options=None):\n"
+        "        super().reset(seed=seed)\n"
+        "        return self.np_random.normal(size=2).astype(np.float32), {}\n"
+        "    def step(self, action):\n"
+        "        assert self.action_space.contains(np.float32(action)), action\n"
+        "        return np.zeros(2, np.float32), 1.0, False, False, {}\n"
+        "gym.register('Toy-v0', Toy, max_episode_steps=5)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "toy_module:Toy-v0"
+    gym.registry.pop("Toy-v0", None)
+    sys.modules.pop("toy_module", None)
