@@ -599,6 +599,9 @@ def train(args: Args) -> list[dict[str, float]]:
     began, first, metrics = time.time() - seconds, step, {}
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=not sys.stdout.isatty())
 
+    def due(period):  # whether the last update completed a multiple of `period`, or the run
+        return step % period < n or step >= args.steps
+
     def save():
         check_finite(metrics, step, checkpoint)
         state = {"args": asdict(args), "spec": spec, "learner": snapshot(learner), "step": step}
@@ -614,7 +617,6 @@ def train(args: Args) -> list[dict[str, float]]:
             metrics = fast(update)()
             step += n
             bar.update(n)
-            due = lambda period: step % period < n or step >= args.steps  # noqa: E731
             if due(500):
                 check_finite(metrics, step, checkpoint)
                 for key, value in metrics.items():
@@ -624,11 +626,14 @@ def train(args: Args) -> list[dict[str, float]]:
                 writer.add_scalar("charts/steps_per_second", speed, step)
             if due(args.eval_every):
                 row = {"step": step, "seconds": round(time.time() - began, 1)}
-                if dataset.env_id != "none":
-                    seed = 1_000_003 * args.seed + step
-                    row |= evaluate(learner, spec | {"device": device}, args.eval_episodes, seed)
-                if held_out:
-                    row |= {k: float(v) for k, v in learner.validate(validation).items()}
+                with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                    torch.manual_seed(0)  # training's random numbers are not touched
+                    if dataset.env_id != "none":
+                        seed = 1_000_003 * args.seed + step
+                        place = spec | {"device": device}
+                        row |= evaluate(learner, place, args.eval_episodes, seed)
+                    if held_out:
+                        row |= {k: float(v) for k, v in learner.validate(validation).items()}
                 history.append(row)
                 write_history(run_dir, history)
                 for key in list(row)[2:]:

@@ -375,9 +375,10 @@ def row_of(name: str) -> str:
     returns = episodes_of(data)[1]
     quantiles = " | ".join(f"{x:.0f}" for x in np.percentile(returns, (0, 25, 50, 75, 100)))
     size = (FOLDER / f"{name}.hdf5").stat().st_size / 1e6
+    seconds = "-" if name in SHIPPED else f"{attributes['seconds']:.1f}"
     return (
         f"| `{name}` | {len(data['rewards']):,} | {len(returns):,} | {returns.mean():.0f} |"
-        f" {quantiles} | {size:.1f} | {attributes['seconds']:.0f} | {attributes['description']} |"
+        f" {quantiles} | {size:.1f} | {seconds} | {attributes['description']} |"
     )
 
 

@@ -128,7 +128,7 @@ def test_deterministic_likelihood_is_that_of_the_training_error():
     cloner = learner(bc, data(4000, actions=actions), batch_size=1000, learning_rate=0.0)
     cloner.policy.net[-1].weight.data.zero_()
     cloner.policy.net[-1].bias.data.zero_()
-    for _ in range(500):
+    for _ in range(1200):  # it began at 1
         cloner.update()
     torch.testing.assert_close(
         cloner.policy.error_variance, actions.square().mean(0), rtol=0.03, atol=0
@@ -203,26 +203,28 @@ def test_target_is_masked_by_terminals_alone(name, d):
 
 
 @pytest.mark.parametrize("name", ["td3_bc", "a2po"])
-def test_target_noise_is_clipped(name):
+def test_target_actions_are_the_target_policys_plus_clipped_noise(name):
     agent = learner(load(name))
     seen, critic = [], "q_target" if name == "a2po" else "critic_target"
     delattr(agent, critic)
     setattr(agent, critic, lambda s, a: seen.append(a) or torch.zeros(2, len(a), 1))
+    target = agent.actor_target if name == "a2po" else agent.policy_target
+    next(target.parameters()).data += 0.3  # the online policy has no say
+    s_next = batch(agent)[3]
+    best = (torch.ones(len(s_next), 1), target)  # A2PO's target asks for ξ* = 1
+    plain = agent.policy(s_next, *best) if name == "a2po" else target(s_next)
 
-    def noise(**flags):
-        for key, value in flags.items():
-            setattr(agent.args, key, value)
+    def action(**flags):
+        vars(agent.args).update(flags)
         agent.critic_losses(*batch(agent))
-        return seen[-1] - plain if seen[1:] else seen[-1]
+        return seen[-1]
 
-    plain = None
-    plain = noise(policy_noise=0.0, noise_clip=0.5)
-    assert noise(policy_noise=0.0).abs().max() == 0
-    wide = noise(policy_noise=100.0, noise_clip=0.05)
-    assert wide.abs().max() <= 0.05 + 1e-6 and (wide.abs() > 0.0499).float().mean() > 0.9
-    assert noise(policy_noise=0.2, noise_clip=9.0).std().item() == pytest.approx(0.2, rel=0.25)
-    noise(policy_noise=100.0, noise_clip=100.0)
-    assert seen[-1].abs().max() <= 1  # the action stays an action
+    torch.testing.assert_close(action(policy_noise=0.0), plain)
+    noise = action(policy_noise=0.2, noise_clip=9.0) - plain
+    assert noise.std().item() == pytest.approx(0.2, rel=0.25)
+    noise = action(policy_noise=100.0, noise_clip=0.05) - plain
+    assert noise.abs().max() < 0.051 and (noise.abs() > 0.049).float().mean() > 0.9
+    assert action(policy_noise=100.0, noise_clip=100.0).abs().max() <= 1  # still an action
 
 
 @pytest.mark.parametrize("name", ["td3_bc", "a2po"])
@@ -253,13 +255,14 @@ def test_critics_learn_the_value_of_a_loop(name):
     agent = learner(load(name), rows, gamma=0.5, tau=0.1, learning_rate=1e-2, hidden_dim=16)
     if name == "sac":
         agent.log_alpha.data.fill_(-math.inf)
+    update = agent.update_critics if name == "a2po" else agent.update_critic
     for _ in range(200):
-        agent.update_critics(*batch(agent)) if name == "a2po" else agent.update_critic(
-            *batch(agent)
-        )
-        agent.update_targets() if name != "sac" else torch._foreach_lerp_(
-            list(agent.critic_target.parameters()), list(agent.critic.parameters()), 0.1
-        )
+        update(*batch(agent))
+        if name != "sac":
+            agent.update_targets()
+        else:  # part of its update
+            for target, online in zip(agent.critic_target.parameters(), agent.critic.parameters()):
+                target.data.lerp_(online.data, 0.1)
     q = (agent.q if name == "a2po" else agent.critic)(*batch(agent)[:2])
     torch.testing.assert_close(q, torch.full_like(q, 2), atol=0.1, rtol=0)
 
@@ -348,22 +351,24 @@ def test_modes_of_the_condition(flags, wanted):
     torch.testing.assert_close(xi[:, 0], torch.tensor(wanted, dtype=torch.float32))
 
 
-def settled_condition(scale: float, **flags) -> tuple[torch.Tensor, torch.Tensor]:
+def settled_condition(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """ξ once σ_A has settled, with critics and V multiplied by `scale`."""
     torch.manual_seed(0)
-    agent = learner(a2po, learning_rate=0.0, **flags)
+    agent = learner(a2po, learning_rate=0.0)
     for last in (agent.q.weights[-1], agent.q.biases[-1], agent.v[-1].weight, agent.v[-1].bias):
         last.data *= scale
-    for _ in range(1500):
-        agent.sigma_a.lerp_(agent.sigma_a, 0)  # no change of its own
+    s, a, *_ = batch(agent)
+    agent.v[-1].bias.data += (agent.q(s, a).amin(0) - agent.v(s)).mean()  # good and bad actions
+    for _ in range(700):
         _, xi = agent.update_critics(*batch(agent))
     return xi, agent.sigma_a
 
 
 def test_running_norm_makes_the_condition_independent_of_the_rewards_scale():
-    (small, sigma), (large, larger) = settled_condition(1.0), settled_condition(1000.0)
-    torch.testing.assert_close(small, large, atol=1e-3, rtol=0)
-    torch.testing.assert_close(1000 * sigma, larger, rtol=1e-2, atol=0)
+    (small, sigma), (large, larger) = settled_condition(50.0), settled_condition(5000.0)
+    assert small.std() > 0.3
+    torch.testing.assert_close(small, large, atol=1e-2, rtol=0)
+    torch.testing.assert_close(100 * sigma, larger, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("critic", ["min", "q1"])
@@ -491,7 +496,7 @@ def bandit(updates, **flags):
 
 
 def test_the_condition_asks_for_better_actions():
-    agent, _ = bandit(1000)
+    agent, _ = bandit(600)
     for kind, xi in enumerate((-1.0, 0.0, 1.0)):
         a = agent.policy.act(torch.zeros(1, S), xi=xi)
         distance = (a - CLUSTERS).norm(dim=1)
@@ -507,7 +512,7 @@ def test_official_flags_saturate_the_condition():
         xi = bandit(300, **flags)[1]["advantage/xi"]
         share.append((xi.abs() > 0.99).float().mean().item())
     print(f"|xi| > 0.99: {share[0]:.2f} official, {share[1]:.2f} default")
-    assert share[0] > 0.9 and share[1] < 0.1
+    assert share[0] > 0.6 and share[1] < 0.1
 
 
 def test_evaluation_at_further_conditions():

