@@ -14,18 +14,22 @@ episodes. What is there already is never overwritten unless --overwrite says so.
 """
 
 import csv
-import os
 import sys
 import time
+import warnings
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import gymnasium as gym
 import h5py
+import minari
 import numpy as np
 import torch
 import tyro
+from minari.data_collector import EpisodeBuffer
+from minari.storage.datasets_root_dir import get_dataset_path
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent / "algorithms"))
@@ -37,7 +41,6 @@ TASKS = {  # name: environment, transitions of each level
     "walker2d": ("Walker2d-v5", 200_000),
     "pendulum": ("Pendulum-v1", 20_000),
 }
-SHIPPED = ("hopper-medium-replay", "pendulum-medium-replay")
 MIXTURES = {  # in equal numbers of transitions
     "medium-expert": ("medium", "expert"),
     "random-medium": ("random", "medium"),
@@ -45,6 +48,9 @@ MIXTURES = {  # in equal numbers of transitions
     "random-medium-expert": ("random", "medium", "expert"),
 }
 LEVELS = ("random", "medium", "medium-replay", "expert", *MIXTURES)
+KNOWN = [f"{task}-{level}" for task in TASKS for level in LEVELS]
+BUFFERS = ("hopper-medium-replay", "pendulum-medium-replay")  # a rollout cannot make these again
+SHIPPED = (*BUFFERS, "pendulum-random-medium-expert", "pendulum-random-expert-10")
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 
 Data = dict[str, np.ndarray]  # the columns above, N rows each, actions in the environment's bounds
@@ -63,7 +69,7 @@ class Args:
     name: str = ""
     """name of the mixture"""
     transitions: int = 0
-    """size of the mixture; 0: as much as its parts allow"""
+    """size of the mixture, to within an episode of each part; 0: as much as its parts allow"""
     seed: int = 0
     """seed of rollouts and mixtures"""
     format: Literal["hdf5", "minari"] = "hdf5"
@@ -82,57 +88,113 @@ class Args:
     expert_step: int = 0
     """environment step of the expert policy; 0: the last"""
     replay_steps: int = 0
-    """length of the replay set; 0: up to the medium policy"""
+    """length of the replay set; 0: up to the medium policy, on MuJoCo no less than a level's"""
 
 
-def split(name: str) -> tuple[str, str]:
-    """hopper-medium-replay -> hopper, medium-replay."""
-    task, _, level = name.partition("-")
-    if task not in TASKS or level not in LEVELS:
+# --------------------------------------------------------------------------------------- Files
+
+
+def path_of(name: str) -> Path:
+    return FOLDER / f"{name}.hdf5"
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Asked before the work begins, not after it."""
+    if path.exists() and not overwrite:
+        raise SystemExit(f"{path} exists; --overwrite replaces it.")
+
+
+def check_known(name: str) -> None:
+    if name not in KNOWN and not path_of(name).exists():
         raise SystemExit(
             f"No data set '{name}'. There are {', '.join(TASKS)}, each with -{', -'.join(LEVELS)};"
             f" other mixtures with --mix."
         )
-    return task, level
 
 
 def episodes_of(data: Data) -> tuple[np.ndarray, np.ndarray]:
-    """Number of each row's episode (N,), return of each episode (E,)."""
+    """First row of each episode and the end of the last (E + 1,), return of each episode (E,)."""
     ends = data["terminals"].astype(bool) | data["timeouts"].astype(bool)
-    number = np.cumsum(ends) - ends
-    return number, np.bincount(number, weights=data["rewards"])
+    starts = np.append(0, np.flatnonzero(ends) + 1)
+    return starts, np.add.reduceat(data["rewards"].astype(np.float64), starts[:-1])
 
 
 def read(name: str) -> tuple[Data, dict]:
-    with h5py.File(FOLDER / f"{name}.hdf5") as file:
+    """Columns and attributes of a data set."""
+    with h5py.File(path_of(name)) as file:
         data = {key: file[key][()] for key in COLUMNS if key != "next_observations"}
         successors = np.roll(data["observations"], -1, axis=0)
         successors[data["terminals"] | data["timeouts"]] = file["final_observations"][()]
         return data | {"next_observations": successors}, dict(file.attrs)
 
 
-def write(name: str, data: Data, attributes: dict, overwrite: bool) -> None:
-    path = FOLDER / f"{name}.hdf5"
-    if path.exists() and not overwrite:
-        raise SystemExit(f"{path} exists; --overwrite replaces it.")
+def write(name: str, data: Data, task: str, how: str, seconds: float) -> None:
+    """A data set in D4RL's flat layout, with what a reader has to know as attributes."""
     # A successor is the next row, but for the last of an episode: storing only those keeps every
     # one of them at half the size. Readers that know nothing of it see D4RL's layout.
     ends = data["terminals"].astype(bool) | data["timeouts"].astype(bool)
     stored = {key: data[key] for key in COLUMNS if key != "next_observations"}
     stored["final_observations"] = data["next_observations"][ends]
-    with h5py.File(path.with_suffix(".tmp"), "w") as file:
+    env = gym.make(TASKS[task][0])
+    low, high = references(task)
+    partial = path_of(name).with_suffix(".tmp")
+    with h5py.File(partial, "w") as file:
         for key, values in stored.items():
             kind = bool if key in ("terminals", "timeouts") else np.float32
             options = dict(compression="gzip", compression_opts=9, shuffle=True)
             file.create_dataset(key, data=values.astype(kind), **options)
-        file.attrs.update(attributes)
-    path.with_suffix(".tmp").replace(path)
-    returns = episodes_of(data)[1]
+        file.attrs.update(env_id=TASKS[task][0], ref_min_score=low, ref_max_score=high)
+        file.attrs.update(action_low=env.action_space.low, action_high=env.action_space.high)
+        file.attrs.update(description=how, seconds=round(seconds, 1))
+    partial.replace(path_of(name))
+    _, returns = episodes_of(data)
     print(
         f"{name}: {len(data['rewards']):,} transitions, {len(returns):,} episodes of return"
         f" {returns.mean():.1f} (mean), {returns.max():.1f} (best);"
-        f" {path.stat().st_size / 1e6:.1f} MB"
+        f" {path_of(name).stat().st_size / 1e6:.1f} MB in {seconds:.0f} s"
     )
+
+
+def write_minari(name: str, overwrite: bool) -> None:
+    """The same data as the local Minari data set cleandgm/<name>-v0."""
+    data, attributes = read(name)
+    dataset_id, env = f"cleandgm/{name}-v0", gym.make(attributes["env_id"])
+    if get_dataset_path(dataset_id).exists():
+        if not overwrite:
+            raise SystemExit(f"Minari has {dataset_id} already; --overwrite replaces it.")
+        minari.delete_dataset(dataset_id)
+    starts, _ = episodes_of(data)
+    buffers = [
+        EpisodeBuffer(
+            id=i,
+            observations=np.append(
+                data["observations"][a:b], data["next_observations"][b - 1 : b], axis=0
+            ),
+            actions=data["actions"][a:b],
+            rewards=data["rewards"][a:b],
+            terminations=data["terminals"][a:b],
+            truncations=data["timeouts"][a:b],
+            infos={},
+        )
+        for i, (a, b) in enumerate(zip(starts[:-1], starts[1:]))
+    ]
+    box = env.observation_space  # MuJoCo's is float64, the data is not
+    with warnings.catch_warnings(action="ignore"):  # it would like an e-mail address and a link
+        minari.create_dataset_from_buffers(
+            dataset_id,
+            buffers,
+            env=env,
+            observation_space=gym.spaces.Box(box.low, box.high, dtype=np.float32),
+            algorithm_name="SAC",
+            author="CleanDGM",
+            ref_min_score=float(attributes["ref_min_score"]),
+            ref_max_score=float(attributes["ref_max_score"]),
+            description=str(attributes["description"]),
+        )
+    print(f"{dataset_id}: {len(buffers):,} episodes in {get_dataset_path(dataset_id)}")
+
+
+# ------------------------------------------------------------------------- Policies, references
 
 
 def load_policies(task: str) -> dict:
@@ -143,43 +205,122 @@ def load_policies(task: str) -> dict:
 
 
 def policy_at(policies: dict, step: int) -> sac.Policy:
+    """The policy that SAC had after so many environment steps."""
     state = {key: value.float() for key, value in policies["policies"][str(step)].items()}
-    low = state["action_low"]
-    blank = {"observations": torch.zeros(1, state["net.0.weight"].shape[1]), "actions": low}
-    bounds = {"action_low": low, "action_high": state["action_high"]}
-    policy = sac.Policy(blank | bounds, state["net.0.weight"].shape[0])
+    hidden_dim, state_dim = state["net.0.weight"].shape
+    bounds = {key: state[key] for key in ("action_low", "action_high")}
+    blank = {"observations": torch.zeros(1, state_dim), "actions": bounds["action_low"]}
+    policy = sac.Policy(blank | bounds, hidden_dim)
     policy.load_state_dict(state)
     return policy
 
 
+def d4rl_references(task: str) -> tuple[float, float] | None:
+    return sac.REFERENCES.get(TASKS[task][0].split("-v")[0])
+
+
+def references(task: str) -> tuple[float, float]:
+    """Returns that score 0 and 100: D4RL's, or else a random and the expert policy's."""
+    if known := d4rl_references(task):
+        return known
+    policies = load_policies(task)
+    return policies["random_return"], policies["returns"][str(policies["steps"]["expert"])]
+
+
+def from_sac(args: Args) -> None:
+    """Policies of a task, and its replay set if that ships, from a run of algorithms/sac.py."""
+    if args.task not in TASKS:
+        raise SystemExit(f"--task '{args.task}': one of {', '.join(TASKS)}.")
+    task, run, (env_id, n) = args.task, Path(args.from_sac), TASKS[args.task]
+    path, replay_name = FOLDER / "policies" / f"{task}.pt", f"{task}-medium-replay"
+    check_free(path, args.overwrite)
+    if replay_name in BUFFERS:
+        check_free(path_of(replay_name), args.overwrite)
+
+    # The policies: medium is the first that an evaluation saw past a third of the expert's return.
+    with open(run / "eval.csv") as file:
+        returns = {int(row["step"]): float(row["return_mean"]) for row in csv.DictReader(file)}
+    steps = sorted(int(path.stem) for path in (run / "policies").glob("*.pt"))
+    steps = [step for step in steps if step in returns]
+    expert = args.expert_step or max(steps, default=0)
+    _, random_returns = episodes_of(roll_out(env_id, None, min(n, 50_000), seed=12345))
+    random_return = float(random_returns[:-1].mean())  # the last episode is cut
+    low, high = d4rl_references(task) or (random_return, returns.get(expert, 0))
+    past = [step for step in steps if returns[step] > low + (high - low) / 3]
+    medium = args.medium_step or min(past, default=0)
+    for level, step in (("expert", expert), ("medium", medium)):
+        if step not in steps:
+            raise SystemExit(f"{run}: no evaluated snapshot is {level}, step {step or 'any'}.")
+
+    # The replay set: SAC's own buffer, or 20 policies spread evenly over the same steps.
+    replay_steps = args.replay_steps or max(medium, n if d4rl_references(task) else 0)
+    before = [step for step in steps if step <= replay_steps]
+    spread = sorted({before[i] for i in np.linspace(0, len(before) - 1, 20).round().astype(int)})
+    replay = [] if replay_name in BUFFERS else spread
+    keep = sorted({medium, expert, *replay})
+    states = {s: torch.load(run / "policies" / f"{s:08d}.pt", weights_only=True) for s in keep}
+    path.parent.mkdir(exist_ok=True)
+    policies = {
+        "env_id": env_id,
+        "random_return": random_return,
+        "steps": {"medium": medium, "expert": expert, "replay": replay},
+        "returns": {str(s): returns[s] for s in keep},
+        "policies": {str(s): {k: v.half() for k, v in states[s].items()} for s in keep},
+    }
+    torch.save(policies, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+    print(f"{task}: medium {medium:,} of return {returns[medium]:.0f}")
+    print(f"{task}: expert {expert:,} of return {returns[expert]:.0f}")
+    if replay_name in BUFFERS:
+        with h5py.File(run / "replay.hdf5") as file:
+            data = {key: file[key][:replay_steps] for key in COLUMNS}
+        data["actions"] = data["actions"].reshape(len(data["actions"]), -1)
+        data["timeouts"][-1] = not data["terminals"][-1]
+        length = f"{len(data['actions']):,}"
+        how = f"the first {length} transitions of the replay buffer of algorithms/sac.py"
+        write(replay_name, data, task, how, seconds=0)
+
+
+# ---------------------------------------------------------------------------- Rollouts, mixtures
+
+
 def roll_out(env_id: str, policy: sac.Policy | None, n: int, seed: int, envs: int = 10) -> Data:
-    """n transitions of a policy, or of uniformly random actions. Every environment has the same
-    quota of steps: stopping all at the n-th transition instead would favour short episodes. The
-    last episode of each is cut there and counts as timed out."""
-    steps = -(-n // envs)
+    """n transitions of a policy, or of uniformly random actions: whole episodes, of which only the
+    last is cut, at the n-th transition, and then counts as timed out."""
     mode = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
     vector = gym.make_vec(env_id, envs, vectorization_mode="sync", vector_kwargs=mode)
     vector.action_space.seed(seed)
     torch.manual_seed(seed)
-    rows = {key: [] for key in COLUMNS}
     s, _ = vector.reset(seed=seed)
-    for step in range(steps):
+    log = {key: [] for key in COLUMNS}  # of every step a row per environment
+    running = [(i, 0) for i in range(envs)]  # per environment: number and first step of its episode
+    finished = {}  # number of an episode: its environment, its first step, the step after its last
+    begun, whole, total, step = envs, 0, 0, 0
+    # Episodes count in the order in which they began, as if one environment had played them all:
+    # in the order in which they end, short ones would come first and be too many.
+    while total < n:
         if policy is None:
             a = vector.action_space.sample()
         else:
             a = policy.act(torch.as_tensor(s, dtype=torch.float32), sample=True).numpy()
         s_next, r, terminated, truncated, info = vector.step(a)
-        successor = s_next.copy()  # s_next is the first state of a new episode where one ended
+        successor, step = s_next.copy(), step + 1
         for i in np.flatnonzero(terminated | truncated):
-            successor[i] = info["final_obs"][i]
-        timeout = (truncated | (step == steps - 1)) & ~terminated
-        for key, value in zip(COLUMNS, (s.copy(), a, r, successor, terminated, timeout)):
-            rows[key].append(value)
+            successor[i] = info["final_obs"][i]  # s_next[i] begins a new episode already
+            finished[running[i][0]] = (i, running[i][1], step)
+            running[i], begun = (begun, step), begun + 1
+        for key, row in zip(COLUMNS, (s, a, r, successor, terminated, truncated & ~terminated)):
+            log[key].append(row)
         s = s_next
+        while whole in finished:
+            _, first, last = finished[whole]
+            total, whole = total + last - first, whole + 1
     vector.close()
-    # (steps, envs, ...) -> environment after environment, so that episodes are contiguous
-    data = {key: np.swapaxes(np.stack(value), 0, 1) for key, value in rows.items()}
-    data = {key: value.reshape(envs * steps, *value.shape[2:])[:n] for key, value in data.items()}
+    log = {key: np.stack(rows) for key, rows in log.items()}  # (steps, environments, ...)
+    data = join(
+        [{k: x[a:b, i] for k, x in log.items()} for i, a, b in map(finished.get, range(whole))]
+    )
+    data = {key: rows[:n] for key, rows in data.items()}
     data["timeouts"][-1] = not data["terminals"][-1]
     return data
 
@@ -192,242 +333,157 @@ def mix(parts: list[Data], shares: list[float], n: int, seed: int) -> Data:
     """Whole episodes of every part, in their shares of n transitions (0: the most the parts allow),
     shuffled."""
     most = min(len(part["rewards"]) / share for part, share in zip(parts, shares))
-    if n > most:
+    if not 0 <= n <= most:
         raise SystemExit(f"--transitions {n:,}: these parts allow {int(most):,} in these shares.")
     rng, chosen = np.random.default_rng(seed), []
     for part, share in zip(parts, shares):
-        number, _ = episodes_of(part)
-        starts = np.searchsorted(number, np.arange(number[-1] + 2))
-        lengths, order = np.diff(starts), rng.permutation(number[-1] + 1)
-        total = np.cumsum(lengths[order])
+        starts, returns = episodes_of(part)
+        order = rng.permutation(len(returns))
+        total = np.cumsum(np.diff(starts)[order])
         last = np.abs(total - share * (n or most)).argmin()  # nearest to the share
-        slices = [slice(starts[e], starts[e + 1]) for e in order[: last + 1]]
-        chosen += [{key: part[key][rows] for key in COLUMNS} for rows in slices]
+        for e in order[: last + 1]:
+            chosen.append({key: part[key][starts[e] : starts[e + 1]] for key in COLUMNS})
     return join([chosen[i] for i in rng.permutation(len(chosen))])
-
-
-def references(task: str) -> tuple[float, float]:
-    """Returns that score 0 and 100: D4RL's, or a random and the expert policy's."""
-    policies = load_policies(task)
-    own = policies["random_return"], policies["returns"][str(policies["steps"]["expert"])]
-    return sac.REFERENCES.get(TASKS[task][0].split("-v")[0], own)
 
 
 def make(name: str, args: Args) -> None:
     """Makes one data set and, first, the parts it needs."""
-    task, level = split(name)
+    check_known(name)
+    check_free(path_of(name), args.overwrite)
+    if name in BUFFERS or name not in KNOWN:
+        how = "ships with the project: git restores it" if name in SHIPPED else "is made by --mix"
+        raise SystemExit(f"{name} {how}.")
+    task, _, level = name.partition("-")
     env_id, n = TASKS[task]
-    if name in SHIPPED:
-        raise SystemExit(f"{name} ships with the project: `git checkout datasets/{name}.hdf5`.")
-    began = time.time()
     if level in MIXTURES:
-        names = [f"{task}-{part}" for part in MIXTURES[level]]
-        parts = [ensure(part, args) for part in names]
-        data = mix(parts, [1 / len(parts)] * len(parts), 0, args.seed)
-        how = f"equal numbers of transitions of {', '.join(names)}, whole episodes, shuffled"
-    elif level == "random":
-        data, how = roll_out(env_id, None, n, args.seed), "uniformly random actions"
+        parts = [f"{task}-{part}" for part in MIXTURES[level]]
+        return make_mixture(name, {part: 1 / len(parts) for part in parts}, args)
+    began = time.time()
+    if level == "random":
+        policies, steps, how = None, [0], "uniformly random actions"
     elif level == "medium-replay":
-        policies, parts = load_policies(task), []
+        policies = load_policies(task)
         steps = policies["steps"]["replay"]
-        for i, step in enumerate(steps):
-            parts.append(
-                roll_out(env_id, policy_at(policies, step), n // len(steps), args.seed + i)
-            )
-        data, how = join(parts), f"rollouts of SAC snapshots at steps {', '.join(map(str, steps))}"
+        how = f"rollouts of {len(steps)} SAC policies of steps {steps[0]:,} to {steps[-1]:,}"
     else:
         policies = load_policies(task)
-        step = policies["steps"][level]
-        # Other seeds than the other levels, so that no two share their first states.
-        seed = args.seed + 100 * LEVELS.index(level)
-        data = roll_out(env_id, policy_at(policies, step), n, seed)
-        how = f"rollouts of the SAC policy of step {step:,}, actions sampled"
-    write(name, data, describe(task, how, time.time() - began), args.overwrite)
+        steps = [policies["steps"][level]]
+        how = f"rollouts of the SAC policy of step {steps[0]:,}, actions sampled"
+    parts = []
+    for step in steps:
+        seed = zlib.crc32(f"{name} {step} {args.seed}".encode())  # no two share a first state
+        policy = policies and policy_at(policies, step)
+        parts.append(roll_out(env_id, policy, n // len(steps), seed))
+    write(name, join(parts), task, how, time.time() - began)
 
 
-def describe(task: str, how: str, seconds: float) -> dict:
-    env = gym.make(TASKS[task][0])
-    low, high = references(task)
-    return {
-        "env_id": TASKS[task][0],
-        "ref_min_score": low,
-        "ref_max_score": high,
-        "action_low": env.action_space.low,
-        "action_high": env.action_space.high,
-        "description": how,
-        "seconds": round(seconds, 1),
-    }
-
-
-def ensure(name: str, args: Args) -> Data:
-    if not (FOLDER / f"{name}.hdf5").exists():
-        make(name, args)
-    return read(name)[0]
-
-
-def make_mixture(args: Args) -> None:
-    """--mix and --name."""
-    try:
-        pairs = [part.rsplit(":", 1) for part in args.mix.split(",")]
-        names, shares = [name for name, _ in pairs], [float(share) for _, share in pairs]
-    except ValueError:
-        raise SystemExit(f"--mix {args.mix}: write name:share,name:share.") from None
-    if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
-        raise SystemExit(f"--mix: the shares are {shares}; they must be above 0 and sum to 1.")
-    tasks = {split(name)[0] for name in names}
+def make_mixture(name: str, shares: dict[str, float], args: Args) -> None:
+    """Mixes data sets by their shares of the transitions; makes those that are missing."""
+    for part in shares:
+        check_known(part)
+    tasks = sorted({part.partition("-")[0] for part in shares})
     if len(tasks) > 1:
-        raise SystemExit(f"--mix: parts of different tasks ({', '.join(sorted(tasks))}).")
-    taken = (FOLDER / f"{args.name}.hdf5").exists() and not args.overwrite
-    if taken or not args.name:
-        raise SystemExit(f"--name '{args.name}': give a new name, or --overwrite.")
+        raise SystemExit(f"--mix: parts of different environments ({', '.join(tasks)}).")
+    check_free(path_of(name), args.overwrite)
+    for part in shares:
+        if not path_of(part).exists():
+            make(part, args)
     began = time.time()
-    data = mix([ensure(name, args) for name in names], shares, args.transitions, args.seed)
-    how = f"{args.mix}, shares of transitions, whole episodes, shuffled with seed {args.seed}"
-    write(args.name, data, describe(tasks.pop(), how, time.time() - began), args.overwrite)
+    parts = [read(part)[0] for part in shares]
+    size = 0 if name in KNOWN else args.transitions
+    data = mix(parts, list(shares.values()), size, args.seed)
+    how = ", ".join(f"{100 * share:.4g} % {part}" for part, share in shares.items())
+    write(name, data, tasks[0], f"{how}; whole episodes, shuffled", time.time() - began)
 
 
-def write_minari(name: str) -> None:
-    """The same data as the local Minari data set cleandgm/<name>-v0."""
-    import minari
-    from minari.data_collector import EpisodeBuffer
-
-    data, attributes = read(name)
-    number, _ = episodes_of(data)
-    starts = np.searchsorted(number, np.arange(number[-1] + 2))
-    buffers = []
-    for i, (a, b) in enumerate(zip(starts[:-1], starts[1:])):
-        last = data["next_observations"][b - 1 : b]
-        buffers.append(
-            EpisodeBuffer(
-                id=i,
-                observations=np.concatenate([data["observations"][a:b], last]),
-                actions=data["actions"][a:b],
-                rewards=data["rewards"][a:b],
-                terminations=data["terminals"][a:b],
-                truncations=data["timeouts"][a:b],
-                infos={},
-            )
-        )
-    dataset_id, env = f"cleandgm/{name}-v0", gym.make(attributes["env_id"])
-    if dataset_id in minari.list_local_datasets():
-        raise SystemExit(f"Minari has {dataset_id} already: `minari delete {dataset_id}` first.")
-    box = env.observation_space
-    minari.create_dataset_from_buffers(
-        dataset_id,
-        buffers,
-        env=env,
-        observation_space=gym.spaces.Box(box.low, box.high, dtype=np.float32),
-        algorithm_name="SAC",
-        author="CleanDGM",
-        ref_min_score=float(attributes["ref_min_score"]),
-        ref_max_score=float(attributes["ref_max_score"]),
-        description=str(attributes["description"]),
-    )
-    print(
-        f"{dataset_id}: {len(buffers):,} episodes in {minari.storage.get_dataset_path(dataset_id)}"
-    )
+def parse_mix(text: str) -> dict[str, float]:
+    """hopper-random:0.9,hopper-expert:0.1 as a dictionary."""
+    try:
+        pairs = [part.rsplit(":", 1) for part in text.split(",")]
+        shares = {name.strip(): float(share) for name, share in pairs}
+    except ValueError:
+        raise SystemExit(f"--mix {text}: write name:share,name:share.") from None
+    if len(shares) < len(pairs):
+        raise SystemExit(f"--mix {text}: a part is named twice.")
+    if not min(shares.values()) > 0 or not abs(sum(shares.values()) - 1) < 1e-6:
+        raise SystemExit(f"--mix {text}: the shares must be above 0 and sum to 1.")
+    return shares
 
 
-def from_sac(args: Args) -> None:
-    """Policies of a task, and its replay set if that ships, from a run of algorithms/sac.py."""
-    if args.task not in TASKS:
-        raise SystemExit(f"--task '{args.task}': one of {', '.join(TASKS)}.")
-    run, (env_id, n) = Path(args.from_sac), TASKS[args.task]
-    with open(run / "eval.csv") as file:
-        returns = {int(row["step"]): float(row["return_mean"]) for row in csv.DictReader(file)}
-    snapshots = sorted(int(path.stem) for path in (run / "policies").glob("*.pt"))
-    expert = args.expert_step or snapshots[-1]
-    data = roll_out(env_id, None, min(n, 50_000), seed=12345)
-    random_return = float(episodes_of(data)[1].mean())
-    low, high = sac.REFERENCES.get(env_id.split("-v")[0], (random_return, returns[expert]))
-    past = [step for step in snapshots if returns[step] > low + (high - low) / 3]
-    medium = args.medium_step or past[0]
-    replay_steps = args.replay_steps or medium
-    before = [step for step in snapshots if step <= replay_steps]
-    picked = [before[i] for i in np.linspace(0, len(before) - 1, 20).round().astype(int)]
-    replay = [] if f"{args.task}-medium-replay" in SHIPPED else sorted(set(picked))
-    keep = sorted({medium, expert, *replay})
-    states = {s: torch.load(run / "policies" / f"{s:08d}.pt", weights_only=True) for s in keep}
-    (FOLDER / "policies").mkdir(exist_ok=True)
-    torch.save(
-        {
-            "env_id": env_id,
-            "random_return": random_return,
-            "steps": {"medium": medium, "expert": expert, "replay": replay},
-            "returns": {str(s): returns[s] for s in keep},
-            "policies": {str(s): {k: v.half() for k, v in states[s].items()} for s in keep},
-        },
-        FOLDER / "policies" / f"{args.task}.pt",
-    )
-    print(f"{args.task}: medium {medium:,} of return {returns[medium]:.0f}")
-    print(f"{args.task}: expert {expert:,} of return {returns[expert]:.0f}")
-    if f"{args.task}-medium-replay" in SHIPPED:
-        with h5py.File(run / "replay.hdf5") as file:
-            data = {key: file[key][:replay_steps] for key in COLUMNS}
-        data["timeouts"][-1] = not data["terminals"][-1]
-        how = f"the first {replay_steps:,} transitions of the replay buffer of algorithms/sac.py"
-        write(f"{args.task}-medium-replay", data, describe(args.task, how, 0.0), args.overwrite)
-
-
-def row_of(name: str) -> str:
-    """The data card's line."""
-    data, attributes = read(name)
-    returns = episodes_of(data)[1]
-    quantiles = " | ".join(f"{x:.0f}" for x in np.percentile(returns, (0, 25, 50, 75, 100)))
-    size = (FOLDER / f"{name}.hdf5").stat().st_size / 1e6
-    seconds = "-" if name in SHIPPED else f"{attributes['seconds']:.1f}"
-    return (
-        f"| `{name}` | {len(data['rewards']):,} | {len(returns):,} | {returns.mean():.0f} |"
-        f" {quantiles} | {size:.1f} | {seconds} | {attributes['description']} |"
-    )
+# -------------------------------------------------------------------------------- What is there
 
 
 def names_there() -> list[str]:
-    return sorted(path.stem for path in FOLDER.glob("*.hdf5"))
+    """The files that are there: the levels in their order, then other mixtures."""
+    there = {path.stem for path in FOLDER.glob("*.hdf5")}
+    return [name for name in KNOWN if name in there] + sorted(there - set(KNOWN))
 
 
-def card() -> None:
+def show_list() -> None:
+    """Every data set there is or could be, and how it comes."""
+    there = names_there()
+    print(
+        f"{'data set':34}{'how it comes':32}{'transitions':>12}{'episodes':>10}{'mean return':>13}"
+    )
+    for name in KNOWN + [name for name in there if name not in KNOWN]:
+        task, _, level = name.partition("-")
+        rolled = "random actions" if level == "random" else f"policies/{task}.pt, rolled out"
+        mixed = level in MIXTURES or name not in KNOWN
+        how = "ships" if name in SHIPPED else "mixture" if mixed else rolled
+        line = f"{name:34}{how:32}"
+        if name in there:
+            with h5py.File(path_of(name)) as file:
+                keys = ("rewards", "terminals", "timeouts")
+                starts, returns = episodes_of({key: file[key][()] for key in keys})
+            line += f"{starts[-1]:12,}{len(returns):10,}{returns.mean():13.1f}"
+        print(line.rstrip())
+
+
+def card_table() -> str:
+    """The table of the data card, from the files that are there."""
+    head = "data set|transitions|episodes|mean return|min|25 %|median|75 %|max|MB|s to make|how"
+    lines = [f"| {head.replace('|', ' | ')} |", "|---|" + "--:|" * 10 + "---|"]
+    for name in names_there():
+        data, attributes = read(name)
+        _, returns = episodes_of(data)
+        numbers = [f"{len(data['rewards']):,}", f"{len(returns):,}", f"{returns.mean():.0f}"]
+        numbers += [f"{x:.0f}" for x in np.percentile(returns, (0, 25, 50, 75, 100))]
+        seconds = "-" if name in BUFFERS else f"{attributes['seconds']:.1f}"
+        numbers += [f"{path_of(name).stat().st_size / 1e6:.1f}", seconds]
+        lines.append(f"| {' | '.join([f'`{name}`', *numbers, str(attributes['description'])])} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_card() -> None:
     begin, end = "<!-- table: begin -->\n", "<!-- table: end -->"
-    text = (FOLDER / "README.md").read_text()
-    head, rest = text.split(begin)
-    known = [f"{task}-{level}" for task in TASKS for level in LEVELS]
-    rows = [row_of(name) for name in known if (FOLDER / f"{name}.hdf5").exists()]
-    table = [
-        "| data set | transitions | episodes | mean return | min | 25 % | median | 75 % | max |"
-        " MB | s to make | how |",
-        "|---|" + "--:|" * 10 + "---|",
-    ]
-    table = "\n".join([*table, *rows]) + "\n"
-    (FOLDER / "README.md").write_text(head + begin + table + end + rest.split(end)[1])
+    head, rest = (FOLDER / "README.md").read_text().split(begin)
+    (FOLDER / "README.md").write_text(head + begin + card_table() + end + rest.split(end)[1])
 
 
 def main(args: Args) -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)  # the networks are small, and several of these may run at once
     if args.list:
-        there = names_there()
-        for task in TASKS:
-            for name in (f"{task}-{level}" for level in LEVELS):
-                how = "ships" if name in SHIPPED else f"`python datasets/make.py {name}`"
-                print(f"{name:34s}{'here' if name in there else how}")
-        other = [name for name in there if name.split("-", 1)[-1] not in LEVELS]
-        print("other mixtures here:", ", ".join(other) or "none")
+        show_list()
+    elif args.card:
+        write_card()
     elif args.from_sac:
         from_sac(args)
-    elif args.card:
-        card()
     elif args.mix:
-        make_mixture(args)
+        shares = parse_mix(args.mix)
+        if not args.name or args.name in KNOWN:
+            raise SystemExit(f"--name '{args.name}': give the mixture a name of its own.")
+        make_mixture(args.name, shares, args)
+        if args.format == "minari":
+            write_minari(args.name, args.overwrite)
     elif not args.names:
         raise SystemExit("Name a data set, or pass --list, --mix or --help.")
-    names = args.names
-    if names == ["all"]:
-        names = [f"{task}-{level}" for task in TASKS for level in LEVELS]
-        names = [name for name in names if not (FOLDER / f"{name}.hdf5").exists()]
-    for name in names:
-        if args.format == "hdf5" or not (FOLDER / f"{name}.hdf5").exists():
+    everything = args.names == ["all"]
+    for name in KNOWN if everything else args.names:
+        there = path_of(name).exists() and (everything or args.format == "minari")
+        if not there:
             make(name, args)
         if args.format == "minari":
-            write_minari(name)
+            write_minari(name, args.overwrite)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ CASES = {
     ),
     "sac": Case(
         "sac",
-        {"env_id": "Pendulum-v1", "steps": 6000, "random_steps": 1000, "eval_every": 1500}
+        {"env_id": "Pendulum-v1", "steps": 5000, "random_steps": 1000, "eval_every": 1250}
         | {"hidden_dim": 128, "learning_rate": 1e-3},
         dataset="",
         ablations={"gamma 0": {"gamma": 0.0}},

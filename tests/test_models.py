@@ -289,6 +289,7 @@ def test_alpha_0_is_behaviour_cloning():
 def test_bc_weight_0_is_td3():
     agent = learner(td3_bc, bc_weight=0.0, alpha=2.5)
     s, a, *_ = batch(agent)
+    agent.critic.biases[-1].data -= agent.critic(s, agent.policy(s))[0].median()  # Q of both signs
     first, _ = split_critic(agent.critic, td3_bc)
     pi = agent.policy(s)
     q = first(torch.cat([s, pi], dim=-1))
@@ -448,6 +449,8 @@ def test_the_actors_loss_is_the_papers():
         z = torch.tanh(policy.actor(torch.cat([s, xi], dim=-1)))
         return torch.tanh(policy.cvae.decoder(torch.cat([s, xi, z], dim=-1)))
 
+    best = agent.policy(s, torch.ones_like(xi))
+    agent.q.biases[-1].data -= agent.q(s, best)[0].median()  # Q of both signs
     first, _ = split_critic(agent.q, a2po)
     q = first(torch.cat([s, action(torch.ones_like(xi))], dim=-1))
     loss = -2.0 * q.mean() / q.detach().abs().mean() + 0.5 * F.mse_loss(action(xi), a)

@@ -285,7 +285,7 @@ def test_a_nan_loss_stops_and_keeps_the_checkpoint(train, module, monkeypatch, e
     per_call = module.Learner(dummy_data(), module.Args(**tiny_args(module))).phase(0)[1]
     at_update(module, monkeypatch, 10 // per_call + 1, spoil)  # the first after the save at 10
     with pytest.raises(SystemExit, match=r"Step 20: losses/\w+.* not finite.*kept"):
-        train(save_every=10)
+        train(steps=40, save_every=10)
     assert (elsewhere / "run" / "checkpoint.pt").read_bytes() == kept[0]
     assert saved()["step"] == 10
 

@@ -1,0 +1,357 @@
+"""datasets/make.py on tiny sizes, in a folder of its own, with policies of random weights."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+import pytest
+import torch
+from conftest import load
+
+STEPS = (100, 200, 300, 400, 500)  # of the snapshots of the SAC run below
+RETURNS = (-1400, 100, 5000, 4000, 10000)  # a third of the expert's is passed at step 300
+SIZE = 1000
+
+
+@pytest.fixture(scope="module")
+def maker():
+    path = Path(__file__).resolve().parents[1] / "datasets" / "make.py"
+    spec = importlib.util.spec_from_file_location("datasets_make", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def sac_run(maker, folder, env_id):
+    """What algorithms/sac.py leaves behind: snapshots, evaluations, its replay buffer."""
+    env = gym.make(env_id)
+    low, high = (torch.as_tensor(x)[None] for x in (env.action_space.low, env.action_space.high))
+    blank = {"observations": torch.zeros(1, env.observation_space.shape[0]), "actions": low}
+    (folder / "policies").mkdir(parents=True)
+    for step in STEPS:
+        torch.manual_seed(step)
+        policy = maker.sac.Policy(blank | {"action_low": low, "action_high": high}, 8)
+        torch.save(policy.state_dict(), folder / "policies" / f"{step:08d}.pt")
+    rows = [f"{s},{s / 10},{r},1.0,200.0,nan" for s, r in zip(STEPS, RETURNS)]
+    head = "step,seconds,return_mean,return_std,length_mean,score"
+    (folder / "eval.csv").write_text("\n".join([head, *rows]) + "\n")
+    with h5py.File(folder / "replay.hdf5", "w") as file:
+        for key, rows in maker.roll_out(env_id, None, 500, seed=9).items():
+            file[key] = rows[:, 0] if key == "actions" and rows.shape[1] == 1 else rows
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(maker, tmp_path_factory):
+    """SAC runs of two tasks, and datasets/ with what --from-sac makes of them."""
+    root = tmp_path_factory.mktemp("prepared")
+    (root / "datasets").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(maker, "FOLDER", root / "datasets")
+        for task in ("pendulum", "walker2d"):
+            patch.setitem(maker.TASKS, task, (maker.TASKS[task][0], SIZE))
+            run = sac_run(maker, root / task, maker.TASKS[task][0])
+            maker.main(maker.Args(from_sac=str(run), task=task))
+    return root
+
+
+@pytest.fixture
+def make(maker, prepared, tmp_path, monkeypatch):
+    """`make("pendulum-medium", seed=1)` as the command line does it, on a copy of `prepared`."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(maker, "FOLDER", tmp_path / "datasets")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    for task, (env_id, _) in maker.TASKS.items():
+        monkeypatch.setitem(maker.TASKS, task, (env_id, SIZE))
+    return lambda *names, **flags: maker.main(maker.Args(names=[*names], **flags))
+
+
+def spans(data):
+    ends = np.flatnonzero(data["terminals"] | data["timeouts"]) + 1
+    assert ends[-1] == len(data["rewards"])
+    return list(zip(np.append(0, ends[:-1]), ends))
+
+
+def test_layout_and_attributes(make, maker):
+    make("pendulum-medium")
+    with h5py.File(maker.FOLDER / "pendulum-medium.hdf5") as file:
+        shapes = {key: (item.shape, item.dtype.str) for key, item in file.items()}
+        attributes = dict(file.attrs)
+    assert shapes == {
+        "observations": ((SIZE, 3), "<f4"),
+        "actions": ((SIZE, 1), "<f4"),
+        "rewards": ((SIZE,), "<f4"),
+        "terminals": ((SIZE,), "|b1"),
+        "timeouts": ((SIZE,), "|b1"),
+        "final_observations": ((5, 3), "<f4"),
+    }
+    assert attributes["env_id"] == "Pendulum-v1"
+    assert (attributes["action_low"], attributes["action_high"]) == (-2, 2)
+    policies = maker.load_policies("pendulum")
+    assert attributes["ref_min_score"] == policies["random_return"] < -900
+    assert attributes["ref_max_score"] == RETURNS[-1]
+    assert "step 300" in attributes["description"] and attributes["seconds"] >= 0
+
+
+def test_actions_are_drawn_from_the_policy(make, maker):
+    make("pendulum-medium")
+    data, _ = maker.read("pendulum-medium")
+    policy = maker.policy_at(maker.load_policies("pendulum"), 300)
+    with torch.no_grad():
+        mu, log_sigma = policy.net(torch.as_tensor(data["observations"])).chunk(2, dim=1)
+    sigma = np.exp(-5 + 3.5 * (np.tanh(log_sigma.numpy()) + 1))
+    noise = (np.arctanh(data["actions"] / 2) - mu.numpy()) / sigma
+    assert abs(noise.mean()) < 0.15 and abs(noise.std() - 1) < 0.1  # standard normal
+
+
+def test_successors_are_the_simulators(make, maker):
+    """Every transition again in the simulator; also the last of an episode, where a vector
+    environment hands out the first state of the next."""
+    make("pendulum-random")
+    data, _ = maker.read("pendulum-random")
+    env = gym.make("Pendulum-v1")
+    env.reset()
+    for s, a, r, s_next in zip(*(data[key] for key in maker.COLUMNS[:4])):
+        env.unwrapped.state = np.array([np.arctan2(s[1], s[0]), s[2]])
+        truth, reward, *_ = env.unwrapped.step(a)
+        np.testing.assert_allclose(s_next, truth, atol=1e-4)
+        assert abs(r - reward) < 1e-3
+    assert [b - a for a, b in spans(data)] == [200] * 5
+
+
+def test_terminals_are_falls(make, maker):
+    """A rollout with terminals: after them the walker has fallen, before them and after a cut not;
+    an episode begins where the simulator begins one."""
+    make("walker2d-random")
+    data, attributes = maker.read("walker2d-random")
+    assert attributes["ref_max_score"] == maker.sac.REFERENCES["Walker2d"][1]  # D4RL's
+    s, s_next, terminals = data["observations"], data["next_observations"], data["terminals"]
+    fallen = (s_next[:, 0] < 0.8) | (s_next[:, 0] > 2) | (np.abs(s_next[:, 1]) > 1)
+    np.testing.assert_array_equal(fallen, terminals)
+    assert terminals.sum() > 10 and len(s) == SIZE
+    begin = np.array([1.25, *[0] * 16])
+    for a, b in spans(data):
+        np.testing.assert_allclose(s[a], begin, atol=5.1e-3)
+        np.testing.assert_array_equal(s_next[a : b - 1], s[a + 1 : b])
+    cut = np.flatnonzero(data["timeouts"])
+    assert list(cut) == ([] if terminals[-1] else [SIZE - 1])  # only the last, where the data ends
+
+
+class Uneven(gym.Env):
+    """Half of the episodes take one step, half take 40."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = 1 if self.np_random.random() < 0.5 else 40
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.left -= 1
+        return np.zeros(1, np.float32), 0.0, self.left == 0, False, {}
+
+
+def test_parallel_environments_do_not_favour_short_episodes(maker):
+    gym.register("Uneven-v0", Uneven)
+    try:
+        mean = {}
+        for envs in (1, 10):
+            data = [maker.roll_out("Uneven-v0", None, 100, 1000 * i, envs) for i in range(100)]
+            mean[envs] = np.mean([len(spans(x)) for x in data])
+    finally:
+        gym.registry.pop("Uneven-v0")
+    assert abs(mean[1] - mean[10]) < 1.5  # about 6 episodes; in the order of their ends, 12
+
+
+def test_seeds(make, maker):
+    make("walker2d-medium-replay")
+    first, _ = maker.read("walker2d-medium-replay")
+    make("walker2d-medium-replay", overwrite=True)
+    again, _ = maker.read("walker2d-medium-replay")
+    make("walker2d-medium-replay", overwrite=True, seed=1)
+    other, _ = maker.read("walker2d-medium-replay")
+    for key in maker.COLUMNS:
+        np.testing.assert_array_equal(first[key], again[key])
+    assert not np.array_equal(first["observations"], other["observations"])
+    begin = np.array([first["observations"][a] for a, _ in spans(first)])
+    assert len(np.unique(begin, axis=0)) == len(begin)  # no two snapshots share a reset
+
+
+def test_from_sac(make, maker, tmp_path):
+    pendulum, walker = maker.load_policies("pendulum"), maker.load_policies("walker2d")
+    assert pendulum["steps"] == {"medium": 300, "expert": 500, "replay": []}
+    assert walker["steps"] == {"medium": 300, "expert": 500, "replay": list(STEPS)}
+    assert walker["policies"]["300"]["net.0.weight"].dtype == torch.float16
+    assert walker["returns"] == {str(s): r for s, r in zip(STEPS, RETURNS)}
+
+    run = dict(from_sac=str(tmp_path / "walker2d"), task="walker2d", overwrite=True)
+    make(expert_step=400, replay_steps=200, **run)  # D4RL's expert decides what medium is
+    steps = maker.load_policies("walker2d")["steps"]
+    assert steps == {"medium": 300, "expert": 400, "replay": [100, 200]}
+    make(medium_step=200, **run)
+    assert maker.load_policies("walker2d")["steps"]["medium"] == 200
+    with pytest.raises(SystemExit, match="no evaluated snapshot is expert, step 450"):
+        make(expert_step=450, **run)
+
+
+def test_replay_buffer_is_shipped_as_recorded(make, maker, tmp_path):
+    data, _ = maker.read("pendulum-medium-replay")
+    n = maker.load_policies("pendulum")["steps"]["medium"]
+    with h5py.File(tmp_path / "pendulum" / "replay.hdf5") as file:
+        for key in ("observations", "rewards", "next_observations", "terminals"):
+            np.testing.assert_array_equal(data[key], np.float32(file[key][:n]))
+        np.testing.assert_array_equal(data["actions"][:, 0], file["actions"][:n])
+    assert data["timeouts"][-1]
+
+
+def test_mixture(make, maker):
+    make(
+        mix="pendulum-random:0.7,pendulum-medium-replay:0.1,pendulum-expert:0.2",
+        name="pendulum-odd",
+        transitions=1400,
+    )
+    mixed, _ = maker.read("pendulum-odd")
+    counts = {}
+    for name, share in zip(("random", "medium-replay", "expert"), (0.7, 0.1, 0.2)):
+        part, _ = maker.read(f"pendulum-{name}")
+        known = {part["observations"][a:b].tobytes() for a, b in spans(part)}
+        found = [mixed["observations"][a:b].tobytes() in known for a, b in spans(mixed)]
+        rows = sum(b - a for hit, (a, b) in zip(found, spans(mixed)) if hit)
+        assert abs(rows - share * 1400) <= 200  # one episode
+        counts[name] = found
+    hits = np.array(list(counts.values()))  # (parts, episodes)
+    assert (hits.sum(0) == 1).all()  # whole episodes, each of one part
+    whole = [mixed["observations"][a:b].tobytes() for a, b in spans(mixed)]
+    assert len(set(whole)) == len(whole)  # none twice
+
+
+def test_levels_of_equal_size(make, maker):
+    make("pendulum-random-medium-expert")  # makes its parts first
+    mixed, _ = maker.read("pendulum-random-medium-expert")
+    assert len(mixed["rewards"]) == 3 * SIZE
+    parts = [maker.read(f"pendulum-{level}")[0] for level in ("random", "medium", "expert")]
+    owner = [
+        next(i for i, part in enumerate(parts) if (part["observations"] == s).all(1).any())
+        for s in (mixed["observations"][a] for a, _ in spans(mixed))
+    ]
+    assert sorted(owner) == [0] * 5 + [1] * 5 + [2] * 5
+    assert owner != sorted(owner)  # shuffled
+
+
+@pytest.mark.parametrize("name", ["pendulum-random", "walker2d-medium"])
+def test_minari(make, maker, name):
+    make(name, format="minari")
+    flat, attributes = maker.read(name)
+    data = minari.load_dataset(f"cleandgm/{name}-v0")
+    assert data.total_steps == SIZE and data.spec.env_spec.id == attributes["env_id"]
+    assert data.observation_space.dtype == np.float32
+    low, high = attributes["ref_min_score"], attributes["ref_max_score"]
+    np.testing.assert_allclose(minari.get_normalized_score(data, np.array([low, high])), [0, 1])
+    for episode, (a, b) in zip(data.iterate_episodes(), spans(flat), strict=True):
+        np.testing.assert_array_equal(episode.observations[:-1], flat["observations"][a:b])
+        np.testing.assert_array_equal(episode.observations[-1], flat["next_observations"][b - 1])
+        np.testing.assert_array_equal(episode.actions, flat["actions"][a:b])
+        np.testing.assert_array_equal(episode.rewards, flat["rewards"][a:b])
+        np.testing.assert_array_equal(episode.terminations, flat["terminals"][a:b])
+    assert episode.truncations[-1] != episode.terminations[-1]  # the cut one is truncated
+    with pytest.raises(SystemExit, match="already"):
+        make(name, format="minari")
+    make(name, format="minari", overwrite=True)
+
+
+def test_algorithms_read_it(make, maker):
+    """load_dataset of the algorithms sees the same transitions in the file and in Minari."""
+    make("walker2d-expert", format="minari")
+    data, _ = maker.read("walker2d-expert")
+    loader = load("bc").load_dataset
+    for source in (str(maker.FOLDER / "walker2d-expert.hdf5"), "cleandgm/walker2d-expert-v0"):
+        loaded = loader(source)
+        for key in ("observations", "next_observations"):
+            np.testing.assert_array_equal(getattr(loaded, key), data[key])
+        np.testing.assert_array_equal(loaded.ends, data["terminals"] | data["timeouts"])
+        np.testing.assert_array_equal(loaded.terminals[:, 0], data["terminals"])
+        np.testing.assert_allclose(loaded.actions, data["actions"], atol=1e-6)
+
+
+HALVES = "pendulum-random:0.5,pendulum-medium:0.5"
+
+
+@pytest.mark.parametrize(
+    ("names", "flags", "message"),
+    [
+        ([], {}, "Name a data set"),
+        (["pendulum-perfect"], {}, "No data set 'pendulum-perfect'.*-medium-expert"),
+        (["pendulum-medium-replay"], {}, "exists"),
+        (["pendulum-medium-replay"], {"overwrite": True}, "ships with the project"),
+        (["hopper-medium"], {}, "No policies of hopper"),
+        ([], {"mix": "pendulum-random:0.5,pendulum-medium:0.4", "name": "x"}, "sum to 1"),
+        ([], {"mix": "pendulum-random:1.5,pendulum-medium:-0.5", "name": "x"}, "above 0"),
+        ([], {"mix": "pendulum-random:nan,pendulum-medium:0.5", "name": "x"}, "sum to 1"),
+        ([], {"mix": "pendulum-random,pendulum-medium", "name": "x"}, "name:share"),
+        ([], {"mix": "pendulum-random:0.5,pendulum-random:0.5", "name": "x"}, "twice"),
+        ([], {"mix": "pendulum-random:0.5,walker2d-random:0.5", "name": "x"}, "environments"),
+        ([], {"mix": "pendulum-random:0.5,pendulum-bad:0.5", "name": "x"}, "'pendulum-bad'"),
+        ([], {"mix": HALVES}, "name of its own"),
+        ([], {"mix": HALVES, "name": "pendulum-expert"}, "name of its own"),
+        ([], {"mix": HALVES, "name": "taken"}, "exists"),
+        ([], {"from_sac": "nowhere", "task": "cartpole"}, "one of hopper"),
+        ([], {"from_sac": "nowhere", "task": "walker2d"}, "exists"),
+    ],
+)
+def test_refusals(make, maker, names, flags, message):
+    (maker.FOLDER / "taken.hdf5").touch()
+    files = {path: path.stat().st_mtime_ns for path in maker.FOLDER.rglob("*")}
+    with pytest.raises(SystemExit, match=message):
+        make(*names, **flags)
+    assert files == {path: path.stat().st_mtime_ns for path in maker.FOLDER.rglob("*")}
+
+
+def test_refuses_more_than_the_parts_allow(make):
+    make("pendulum-random", "pendulum-medium")
+    with pytest.raises(SystemExit, match="allow 2,000"):
+        make(mix=HALVES, name="big", transitions=3000)
+
+
+def test_a_failed_write_leaves_the_old_file(make, maker):
+    make("pendulum-random")
+    before = (maker.FOLDER / "pendulum-random.hdf5").read_bytes()
+    data, _ = maker.read("pendulum-random")
+    data["rewards"] = np.array(["broken"] * SIZE)
+    with pytest.raises(ValueError):
+        maker.write("pendulum-random", data, "pendulum", "", 0)
+    assert (maker.FOLDER / "pendulum-random.hdf5").read_bytes() == before
+
+
+def test_card_and_list(make, maker, capsys):
+    make("pendulum-random")
+    readme = maker.FOLDER / "README.md"
+    readme.write_text("above\n<!-- table: begin -->\nold\n<!-- table: end -->\nbelow\n")
+    make(card=True)
+    lines = readme.read_text().splitlines()
+    assert lines[0] == "above" and lines[-1] == "below" and "old" not in lines
+    rewards = maker.read("pendulum-random")[0]["rewards"]
+    cells = next(line for line in lines if "pendulum-random" in line).split(" | ")
+    returns = rewards.reshape(5, 200).sum(1)
+    assert cells[1:5] == ["1,000", "5", f"{returns.mean():.0f}", f"{returns.min():.0f}"]
+    assert len({line.count(" | ") for line in lines if line.startswith("| ")}) == 1
+
+    capsys.readouterr()
+    make(list=True)
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert rows["pendulum-random"].split()[-3:-1] == ["1,000", "5"]
+    assert rows["pendulum-medium-replay"].split()[1] == "ships"
+    assert rows["hopper-expert"].endswith("policies/hopper.pt, rolled out")
+
+
+def test_the_card_is_up_to_date(maker):
+    """Whoever makes a shipped file anew runs `python datasets/make.py --card`."""
+    card = (maker.FOLDER / "README.md").read_text()
+    table = {row.split(" | ")[0]: row for row in maker.card_table().splitlines()}
+    for name in maker.SHIPPED:
+        assert table[f"| `{name}`"] in card, name
