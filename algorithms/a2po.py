@@ -47,9 +47,12 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -238,15 +241,16 @@ def load_dataset(name: str, env_id: str = "") -> Dataset:
     if np.issubdtype(raw["actions"].dtype, np.integer):
         refuse("its actions are discrete (integers), this algorithm needs continuous ones.")
     raw.setdefault("timeouts", np.zeros(n))
-    if "final_observations" in raw:  # our files hold successors once, in the next row or here
-        last = (raw["terminals"] > 0) | (raw["timeouts"] > 0)
-        raw["next_observations"] = np.append(raw["observations"][1:], raw["observations"][:1], 0)
-        raw["next_observations"][last] = raw["final_observations"]
-    optional = ["next_observations"] if "next_observations" in raw else []
-    for key in ("observations", "actions", "rewards", "terminals", "timeouts", *optional):
-        if len(raw[key]) != n:
-            refuse(f"'{key}' has {len(raw[key])} rows, 'observations' has {n}.")
-        raw[key] = raw[key].reshape(n, -1).astype(np.float32)
+    last = (raw["terminals"] > 0) | (raw["timeouts"] > 0)
+    rows = {key: n for key in ("observations", "actions", "rewards", "terminals", "timeouts")}
+    rows |= {"next_observations": n} if "next_observations" in raw else {}
+    rows |= {"final_observations": last.sum()} if "final_observations" in raw else {}
+    for key, number in rows.items():
+        if len(raw[key]) != number:
+            refuse(f"'{key}' has {len(raw[key])} rows, 'observations' has {n} ({number} due).")
+        raw[key] = raw[key].reshape(number, -1).astype(np.float32)
+        if "observations" in key and raw[key].shape[1:] != raw["observations"].shape[1:]:
+            refuse(f"'{key}' has rows of another size than 'observations'.")
         bad = ~np.isfinite(raw[key]).all(axis=1)
         if bad.any():
             refuse(f"'{key}' is NaN or infinite, first at index {bad.argmax()}.")
@@ -255,10 +259,18 @@ def load_dataset(name: str, env_id: str = "") -> Dataset:
         shapes = f"states {s.shape[1:]} and actions {a.shape[1:]}, {env_id} has {dims}"
         refuse(f"it has {shapes}; name its environment with --env-id.")
     low, high = (np.broadcast_to(np.float32(x), a.shape[1:]).copy() for x in (low, high))
+    if not np.isfinite(high - low).all():
+        refuse(f"the actions of {env_id} are bounded by {low} and {high}; they must be finite.")
     outside = ((a < low - 1e-4) | (a > high + 1e-4)).any(axis=1)
     if outside.any():
         i = outside.argmax()
         refuse(f"action {a[i]} at index {i} is outside the bounds {low} to {high}.")
+
+    if "final_observations" in raw:  # our files hold a successor once: in the next row, or here
+        if not last.reshape(n)[-1]:
+            refuse("its last row is no episode's end, so 'final_observations' cannot be placed.")
+        raw["next_observations"] = np.append(s[1:], s[-1:], axis=0)
+        raw["next_observations"][last.reshape(n)] = raw["final_observations"]
 
     # Where its episodes end. A terminal is the task's end, a timeout only the recording's: what
     # masks the bootstrap is the terminal alone, and nothing reaches across either.
@@ -267,9 +279,11 @@ def load_dataset(name: str, env_id: str = "") -> Dataset:
     starts = np.maximum.accumulate(np.where(np.append(True, ends[:-1]), np.arange(n), 0))
     ends |= (np.arange(n) - starts + 1) % (limit or n + 1) == 0
     keep = np.ones(n, bool)
-    if not optional:  # the next row is the successor; a timeout has none in the file, drop it
+    if "next_observations" not in raw:  # it is the next row; a timeout has none here, so drop it
         raw["next_observations"] = np.append(s[1:], s[-1:], axis=0)
         keep = terminals | ~ends
+        if not keep.any():
+            refuse("none of its rows has a successor.")
         ends[:-1] |= ~keep[1:]
     return Dataset(
         name=Path(name).stem if Path(name).suffix else name.rstrip("/"),
@@ -308,7 +322,7 @@ def read_flat(path: Path) -> tuple[dict[str, np.ndarray], dict]:
         with h5py.File(path) as file:
             arrays = {key: item[()] for key, item in file.items() if isinstance(item, h5py.Dataset)}
             return arrays, dict(file.attrs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise SystemExit(f"{path} cannot be read as .hdf5 or .npz: {error}") from None
 
 
@@ -347,7 +361,7 @@ def download(file_name: str) -> Path:
             torch.hub.download_url_to_file(url, str(part))  # shows a progress bar
             h5py.File(part).close()  # raises OSError if the file is cut or is something else
             return part.rename(path)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             problem = error
     if problem is not None:
         hint = f"name a mirror in D4RL_MIRROR, or put the file into {folder} by hand"
@@ -642,6 +656,8 @@ def evaluate_checkpoint(args: Args, device: torch.device) -> dict[str, float]:
     saved = torch.load(args.evaluate, map_location=device, weights_only=True)
     spec = saved["spec"] | {"device": device}
     spec["env_id"] = args.env_id or spec["env_id"]
+    if spec["env_id"] == "none":
+        raise SystemExit(f"--evaluate {args.evaluate}: it has no environment, name one: --env-id.")
     blank = {key: torch.zeros(shape, device=device) for key, shape in spec["shapes"].items()}
     learner = Learner(blank, Args(**saved["args"]))
     restore(learner, saved["learner"])
@@ -681,11 +697,14 @@ def train(args: Args) -> list[dict[str, float]]:
 
     # The run directory: never overwritten, continued only on demand.
     name = Path(__file__).stem
-    run_dir = Path(args.run_dir or f"runs/{name}/{Path(args.dataset).stem}/seed{args.seed}")
+    is_file = Path(args.dataset).suffix in (".hdf5", ".npz")
+    task = Path(args.dataset).stem if is_file else args.dataset.strip("/").replace("/", "-")
+    run_dir = Path(args.run_dir or f"runs/{name}/{task}/seed{args.seed}")
     checkpoint = run_dir / "checkpoint.pt"
-    if (run_dir / "config.json").exists() and not args.resume:
+    begun = (run_dir / "config.json").exists()
+    if begun and not args.resume:
         raise SystemExit(f"{run_dir} holds a run: --resume continues it, --run-dir goes elsewhere.")
-    if args.resume and not checkpoint.exists():
+    if args.resume and not begun:
         raise SystemExit(f"--resume: no checkpoint in {run_dir}; start without --resume.")
 
     # The data: whole episodes to train on, some others for the validation losses.
@@ -710,14 +729,14 @@ def train(args: Args) -> list[dict[str, float]]:
     torch.manual_seed(args.seed)
     learner = Learner(data, args)
     step, seconds, history = 0, 0.0, []
-    if args.resume:
+    if args.resume and checkpoint.exists():  # a run that saved nothing yet begins anew
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
         check_same(args, saved["args"])
         step, seconds, history = saved["step"], saved["seconds"], saved["history"]
         restore(learner, saved["learner"])
         torch.set_rng_state(saved["rng"].cpu())
         if device.type == "cuda":
-            torch.cuda.set_rng_state(saved["cuda_rng"].cpu(), device)
+            torch.cuda.set_rng_state(saved.get("cuda_rng", saved["rng"]).cpu(), device)
 
     write_config(run_dir, args, spec)
     writer = SummaryWriter(run_dir, purge_step=step + 1)
@@ -737,8 +756,18 @@ def train(args: Args) -> list[dict[str, float]]:
         torch.save(state, run_dir / "checkpoint.tmp")
         (run_dir / "checkpoint.tmp").replace(checkpoint)  # at once: a crash leaves the old one
 
+    # Ctrl-C is heard between two updates, never inside one; a second one stops at once.
+    interrupted, handler = [], signal.getsignal(signal.SIGINT)
+    listens = threading.current_thread() is threading.main_thread()
+
+    def interrupt(*_):
+        interrupted.append(True)
+        signal.signal(signal.SIGINT, handler)
+
+    if listens:
+        signal.signal(signal.SIGINT, interrupt)
     try:
-        while step < args.steps:
+        while step < args.steps and not interrupted:
             update, n = learner.phase(step)
             metrics = fast(update)()
             step += n
@@ -765,13 +794,15 @@ def train(args: Args) -> list[dict[str, float]]:
                 for key in list(row)[2:]:
                     writer.add_scalar(key if "/" in key else f"eval/{key}", row[key], step)
                 best = max(row.get("return_mean", math.nan) for row in history)
-                bar.write(f"{describe(row)}  (best return so far {best:.4g})")
-            if due(args.save_every):
+                so_far = "" if math.isnan(best) else f"  (best return so far {best:.4g})"
+                bar.write(describe(row) + so_far)
+            if due(args.save_every) or interrupted:
                 save()
-    except KeyboardInterrupt:
-        save()
-        sys.exit(f"\nSaved at step {step:,}; the same command with --resume goes on from there.")
+        if step < args.steps:
+            sys.exit(f"\nSaved at step {step:,}; the same command with --resume goes on.")
     finally:
+        if listens:
+            signal.signal(signal.SIGINT, handler)
         bar.close()
         writer.close()
     if args.capture_video and dataset.env_id != "none":
@@ -783,7 +814,9 @@ def train(args: Args) -> list[dict[str, float]]:
 def accelerate(update, args: Args, device: torch.device):
     """The same update, faster: compiled on demand, and on CUDA captured in a graph, which replays
     its hundreds of kernels at the cost of one launch."""
-    update = torch.compile(update) if args.compile else update
+    if args.compile:
+        torch._inductor.config.fallback_random = True  # the random numbers of the eager update
+        update = torch.compile(update)
     if device.type != "cuda" or not args.cuda_graph:
         return update
     side, graph, calls, metrics = torch.cuda.Stream(), torch.cuda.CUDAGraph(), 0, {}
@@ -815,10 +848,13 @@ def snapshot(learner) -> dict:
 
 def restore(learner, state: dict) -> None:
     for key, value in state.items():
-        if isinstance(value, torch.Tensor):
-            getattr(learner, key).data.copy_(value)
-        else:
-            getattr(learner, key).load_state_dict(value)
+        item = getattr(learner, key)
+        if isinstance(item, torch.Tensor):
+            item.data.copy_(value)
+            continue
+        item.load_state_dict(value)
+        for group in getattr(item, "param_groups", []):  # the checkpoint's device may be another
+            group["capturable"] = group["params"][0].is_cuda
 
 
 def check_finite(metrics: dict, step: int, checkpoint: Path) -> None:
