@@ -3,10 +3,10 @@
     pip install -r benchmark_results/requirements.txt
     python benchmark_results/report.py
 
-reads benchmark_results/runs/<algorithm>/<data set>/seed<k>/eval.csv and writes results.md,
-curves.png and the results table of README.md. `final` is the mean of a run's last five evaluations,
-`best` its best single one (a choice that offline data alone would not allow, so it stands apart).
-Over seeds: mean and 95 % bootstrap interval.
+reads benchmark_results/runs/<algorithm>/<data set>/seed<k>/eval.csv and the calibration of the
+learning-curve tests, and writes results.md, curves.png and the tables of README.md. `final` is the
+mean of a run's last five evaluations, `best` its best single one (a choice that offline data alone
+would not allow, so it stands apart). Over seeds: mean and 95 % bootstrap interval.
 """
 
 import csv
@@ -19,7 +19,7 @@ import numpy as np
 from scipy.stats import bootstrap
 
 FOLDER = Path(__file__).resolve().parent
-BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->"
+CALIBRATION = FOLDER.parent / "tests" / "calibration"
 
 
 @dataclass
@@ -79,6 +79,26 @@ def table(runs: list[Run]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def calibration_table() -> str:
+    """Scores of the learning-curve tests' cases and of their ablations."""
+    lines = ["| case | ablation | seeds | score at the end |", "|---|---|--:|--:|"]
+    for path in sorted(CALIBRATION.glob("*.csv")):
+        groups = defaultdict(list)
+        with open(path) as file:
+            for row in csv.DictReader(file):
+                groups[row["ablation"]].append(float(row["end"]))
+        for ablation, ends in groups.items():
+            lines.append(f"| {path.stem} | {ablation} | {len(ends)} | {interval(ends)} |")
+    return "\n".join(lines) + "\n"
+
+
+def insert(path: Path, name: str, text: str) -> None:
+    """Puts generated text between two markers of a page."""
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    head, rest = path.read_text().split(begin)
+    path.write_text(head + begin + text + end + rest.split(end)[1])
+
+
 def plot(runs: list[Run]) -> None:
     datasets = sorted({run.dataset for run in runs})
     algorithms = sorted({run.algorithm for run in runs})
@@ -106,11 +126,10 @@ def main() -> None:
     runs = read_runs()
     if not runs:
         raise SystemExit(f"No runs in {FOLDER / 'runs'}: <algorithm>/<data set>/seed<k>/eval.csv.")
-    text = table(runs)
-    (FOLDER / "results.md").write_text("# Results\n\n" + text + "\n![curves](curves.png)\n")
-    readme = FOLDER.parent / "README.md"
-    head, rest = readme.read_text().split(BEGIN)
-    readme.write_text(head + BEGIN + text + END + rest.split(END)[1])
+    text, readme = table(runs), FOLDER.parent / "README.md"
+    (FOLDER / "results.md").write_text(f"# Results\n\n{text}\n![curves](curves.png)\n")
+    insert(readme, "results", text)
+    insert(readme, "calibration", calibration_table())
     plot(runs)
     print(text)
 

@@ -3,8 +3,8 @@
     python tests/calibrate.py a2po
     python tests/calibrate.py a2po --seeds 0 1 2 3 4
 
-writes tests/calibration/a2po.csv: one row per run, the score after the first quarter of the steps
-and the mean of the last two evaluations, which is what tests/test_learning.py asserts.
+writes tests/calibration/a2po.csv: one row per run, its early score and the mean of its last two
+evaluations, which is what tests/test_learning.py asserts.
 """
 
 import csv
@@ -15,7 +15,7 @@ from typing import Annotated
 
 import torch
 import tyro
-from cases import CASES, run
+from cases import CASES, run, summary
 
 
 @dataclass
@@ -40,12 +40,11 @@ def main(args: Args) -> None:
         for seed in args.seeds:
             with tempfile.TemporaryDirectory() as folder:
                 scores = run(case, seed, Path(folder) / "run", ablation)
-            quarter = scores[(len(scores) + 3) // 4 - 1]
-            end = sum(scores[-2:]) / 2
-            rows.append([ablation or "none", seed, f"{quarter:.1f}", f"{end:.1f}"])
+            early, end = summary(case, scores)
+            rows.append([ablation or "none", seed, f"{early:.1f}", f"{end:.1f}"])
             print(*rows[-1], "  curve:", *(f"{score:.0f}" for score in scores), flush=True)
             with open(path, "w", newline="") as file:
-                csv.writer(file).writerows([["ablation", "seed", "quarter", "end"], *rows])
+                csv.writer(file).writerows([["ablation", "seed", "early", "end"], *rows])
 
 
 if __name__ == "__main__":
