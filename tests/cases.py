@@ -50,19 +50,31 @@ class Case:
 
 
 CASES = {
-    "bc": Case("bc", SMALL | {"frac": 0.3}, ablations={"actions shuffled": silence_actions}),
+    "bc": Case(
+        "bc",
+        SMALL | {"frac": 0.3},
+        early=80,
+        end=90,
+        ablations={"actions shuffled": silence_actions},
+    ),
     "bc_all": Case("bc", SMALL),
     "bc_scarce": Case("bc", SMALL, SCARCE),
     "td3_bc": Case(
         "td3_bc",
         VALUE | {"steps": 8000},
+        early=10,
+        end=62,
         ablations={"alpha 0": {"alpha": 0.0}},
     ),
+    "td3_bc_4000": Case("td3_bc", VALUE, ablations={"alpha 0": {"alpha": 0.0}}),
     "td3_bc_scarce": Case("td3_bc", VALUE, SCARCE),
     "a2po": Case(
         "a2po",
         VALUE | {"cvae_dim": 128},
         early_at=0.5,
+        early=20,
+        end=87,
+        above={"bc_all": 35, "td3_bc_4000": 10},
         ablations={"xi fixed": {"xi": "fixed"}, "xi shuffled": shuffle_condition},
     ),
     "a2po_scarce": Case(
@@ -77,6 +89,9 @@ CASES = {
         {"env_id": "Pendulum-v1", "steps": 5000, "random_steps": 1000, "eval_every": 1250}
         | {"hidden_dim": 128, "learning_rate": 1e-3},
         dataset="",
+        early_at=0.75,
+        early=70,
+        end=80,
         ablations={"gamma 0": {"gamma": 0.0}},
     ),
 }
