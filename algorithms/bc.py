@@ -495,7 +495,7 @@ def record_video(act, spec: dict, folder: Path) -> None:
     """One episode as MP4. Where no display driver or no encoder is, it says so and goes on."""
     try:
         env = make_env(spec["env_id"], render_mode="rgb_array")
-        env = gym.wrappers.RecordVideo(env, str(folder), disable_logger=True)
+        env = gym.wrappers.RecordVideo(env, str(folder / "video"), disable_logger=True)
         observation, _ = env.reset(seed=0)
         done = False
         while not done:
