@@ -103,7 +103,12 @@ def plot(runs: list[Run]) -> None:
     datasets = sorted({run.dataset for run in runs})
     algorithms = sorted({run.algorithm for run in runs})
     figure, axes = plt.subplots(
-        1, len(datasets), figsize=(5 * len(datasets), 3.6), squeeze=False, layout="constrained"
+        1,
+        len(datasets),
+        figsize=(5 * len(datasets), 3.6),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
     )
     for axis, dataset in zip(axes[0], datasets):
         for i, algorithm in enumerate(algorithms):
