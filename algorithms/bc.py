@@ -484,6 +484,7 @@ def evaluate_checkpoint(args: Args, device: torch.device) -> dict[str, float]:
     blank = {key: torch.zeros(shape, device=device) for key, shape in spec["shapes"].items()}
     learner = Learner(blank, Args(**saved["args"]))
     restore(learner, saved["learner"])
+    torch.manual_seed(0)  # as in training, for a policy that samples
     row = {"step": saved["step"]} | evaluate(learner, spec, args.eval_episodes, args.seed)
     print(f"{args.evaluate} on {args.eval_episodes} episodes of {spec['env_id']}: {describe(row)}")
     if args.capture_video:
