@@ -9,8 +9,9 @@
 Every transition comes from a simulator. `random` takes uniformly random actions; `medium` and
 `expert` are rolled out from the SAC policies in datasets/policies, drawn from their stochastic
 policy as D4RL does; `medium-replay` is SAC's replay buffer (Hopper, Pendulum: it ships) or rollouts
-of snapshots taken evenly on the way to the medium policy; everything else mixes those by whole
-episodes. What is there already is never overwritten unless --overwrite says so.
+of snapshots taken evenly on the way to the medium policy; `pendulum-bimodal` and `-unimodal` are
+demonstrations of a controller written down here; everything else mixes those by whole episodes.
+What is there already is never overwritten unless --overwrite says so.
 """
 
 import csv
@@ -48,9 +49,12 @@ MIXTURES = {  # in equal numbers of transitions
     "random-medium-expert": ("random", "medium", "expert"),
 }
 LEVELS = ("random", "medium", "medium-replay", "expert", *MIXTURES)
+DEMONSTRATIONS = ("bimodal", "unimodal")  # by a controller, of Pendulum alone
 KNOWN = [f"{task}-{level}" for task in TASKS for level in LEVELS]
+KNOWN += [f"pendulum-{kind}" for kind in DEMONSTRATIONS]
 BUFFERS = ("hopper-medium-replay", "pendulum-medium-replay")  # a rollout cannot make these again
 SHIPPED = (*BUFFERS, "pendulum-random-medium-expert", "pendulum-random-expert-10")
+SHIPPED += ("pendulum-bimodal", "pendulum-unimodal")
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 
 Data = dict[str, np.ndarray]  # the columns above, N rows each, actions in the environment's bounds
@@ -108,7 +112,7 @@ def check_known(name: str) -> None:
     if name not in KNOWN and not path_of(name).exists():
         raise SystemExit(
             f"No data set '{name}'. There are {', '.join(TASKS)}, each with -{', -'.join(LEVELS)};"
-            f" other mixtures with --mix."
+            f" pendulum-{', pendulum-'.join(DEMONSTRATIONS)}; other mixtures with --mix."
         )
 
 
@@ -185,7 +189,7 @@ def write_minari(name: str, overwrite: bool) -> None:
             buffers,
             env=env,
             observation_space=gym.spaces.Box(box.low, box.high, dtype=np.float32),
-            algorithm_name="SAC",
+            algorithm_name="controller" if name.endswith(DEMONSTRATIONS) else "SAC",
             author="CleanDGM",
             ref_min_score=float(attributes["ref_min_score"]),
             ref_max_score=float(attributes["ref_max_score"]),
@@ -281,10 +285,60 @@ def from_sac(args: Args) -> None:
         write(replay_name, data, task, how, seconds=0)
 
 
+# ------------------------------------------------------------------------------- Demonstrations
+
+
+class SwingUp:
+    """A controller of Pendulum-v1 that swings up on either side: bimodal demonstrations.
+
+    It pumps energy until that is enough for the top, and balances there. In a band of energies just
+    below it throws a coin at every step and pushes left or right. Who always pushes left there
+    succeeds (one swing brakes, but the next pumps, and one is enough), who always pushes right too,
+    and so does the coin: the energy leaves the band as a random walk does. The mean of both does
+    not: it is a weak brake, which keeps the pendulum swinging below the top for ever. No state
+    tells the coin, so for a policy both pushes belong to the same state. Without the coin it always
+    pushes right in the band, and every state has one action."""
+
+    BAND = (22.0, 27.0)  # energy above hanging at rest; 30 is what the top takes
+    ON = 0.4  # chance that the coin says to push with the motion, not against it
+    TORQUE, NOISE = 1.7, 0.1  # of a push, and the deviation around it; the bounds are -2 and 2
+
+    def __init__(self, coin: bool):
+        self.coin = coin
+
+    def in_band(self, observations: torch.Tensor) -> torch.Tensor:
+        """Whether the coin decides, (N,)."""
+        energy = 0.5 * observations[:, 2].square() + 15 * (1 + observations[:, 0])
+        low, high = self.BAND
+        return (energy > low) & (energy < high) & ~self.near_top(observations)
+
+    def near_top(self, observations: torch.Tensor) -> torch.Tensor:
+        """Whether a push is enough to balance, (N,): what grows by itself is still small."""
+        cos, sin, velocity = observations.unbind(1)
+        return (cos > 0.7) & ((sin + velocity / 15**0.5).abs() < 0.3)
+
+    def act(self, observations: torch.Tensor, sample: bool = True) -> torch.Tensor:
+        """Torques (N, 1) in [-2, 2] for observations (N, 3); `sample` adds the noise."""
+        cos, sin, velocity = observations.unbind(1)
+        ahead = torch.where(velocity < 0, -1.0, 1.0)
+        energy = 0.5 * velocity.square() + 15 * (1 + cos)
+        pump = ahead * ((30 - energy) / 2).clamp(-1, 1)
+        on = torch.rand(len(sin)) < self.ON
+        side = ahead * torch.where(on, 1.0, -1.0) if self.coin else torch.ones(len(sin))
+        u = self.TORQUE * torch.where(self.in_band(observations), side, pump)
+        balance = (-13.3 * sin - 3.3 * velocity).clamp(-self.TORQUE, self.TORQUE)
+        u = torch.where(self.near_top(observations), balance, u)
+        if sample:
+            u = u + self.NOISE * torch.randn(len(u))
+        return u.clamp(-2, 2)[:, None]
+
+
 # ---------------------------------------------------------------------------- Rollouts, mixtures
 
 
-def roll_out(env_id: str, policy: sac.Policy | None, n: int, seed: int, envs: int = 10) -> Data:
+def roll_out(
+    env_id: str, policy: sac.Policy | SwingUp | None, n: int, seed: int, envs: int = 10
+) -> Data:
     """n transitions of a policy, or of uniformly random actions: whole episodes, of which only the
     last is cut, at the n-th transition, and then counts as timed out."""
     mode = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
@@ -359,6 +413,12 @@ def make(name: str, args: Args) -> None:
         parts = [f"{task}-{part}" for part in MIXTURES[level]]
         return make_mixture(name, {part: 1 / len(parts) for part in parts}, args)
     began = time.time()
+    if level in DEMONSTRATIONS:
+        coin = level == "bimodal"
+        data = roll_out(env_id, SwingUp(coin), n, zlib.crc32(f"{name} {args.seed}".encode()))
+        side = "left or right by a coin" if coin else "right"
+        how = f"a controller that swings up; at energies just below the top's it pushes {side}"
+        return write(name, data, task, how, time.time() - began)
     if level == "random":
         policies, steps, how = None, [0], "uniformly random actions"
     elif level == "medium-replay":
@@ -427,7 +487,8 @@ def show_list() -> None:
     )
     for name in KNOWN + [name for name in there if name not in KNOWN]:
         task, _, level = name.partition("-")
-        rolled = "random actions" if level == "random" else f"policies/{task}.pt, rolled out"
+        rolled = {"random": "random actions"} | dict.fromkeys(DEMONSTRATIONS, "a controller")
+        rolled = rolled.get(level, f"policies/{task}.pt, rolled out")
         mixed = level in MIXTURES or name not in KNOWN
         how = "ships" if name in SHIPPED else "mixture" if mixed else rolled
         line = f"{name:34}{how:32}"

@@ -21,6 +21,8 @@ SMALL = {"hidden_dim": 128, "learning_rate": 1e-3, "steps": 4000, "eval_every": 
 VALUE = SMALL | {"gamma": 0.97, "tau": 0.01}  # a shorter horizon suits a swing-up of 200 steps
 SCARCE = "pendulum-random-expert-10"  # nine transitions of ten are random
 MIXED = "pendulum-random-medium-expert"
+BIMODAL = "pendulum-bimodal"  # two actions for one state; both succeed, their mean fails
+LIKELIHOOD = SMALL | {"env_id": "none", "validation_fraction": 0.3}  # few episodes differ much
 
 
 def shuffle_condition(module: ModuleType) -> None:
@@ -35,6 +37,12 @@ def silence_actions(module: ModuleType) -> None:
     module.BC.losses = lambda self, s, a: losses(self, s, a[torch.randperm(len(a))])
 
 
+def shuffle_actions(module: ModuleType) -> None:
+    """A flow whose actions no longer belong to their states."""
+    losses = module.FlowBC.losses
+    module.FlowBC.losses = lambda self, s, a: losses(self, s, a[torch.randperm(len(a))])
+
+
 @dataclass(frozen=True)
 class Case:
     """One algorithm on one problem, and what it must reach there."""
@@ -45,6 +53,7 @@ class Case:
     early: float = -100.0  # least score after the share `early_at` of the steps
     early_at: float = 0.25
     end: float = -100.0  # least mean score of the last two evaluations
+    measure: str = "return_mean"  # or a negative log-likelihood, whose score is -100 times it
     above: dict[str, float] = field(default_factory=dict)  # case: points by which to beat it
     ablations: dict[str, dict | Callable] = field(default_factory=dict)  # flags, or a patch
 
@@ -87,6 +96,32 @@ CASES = {
         above={"bc_scarce": 40, "td3_bc_scarce": 35},
         ablations={"xi fixed": {"xi": "fixed"}, "xi shuffled": shuffle_condition},
     ),
+    # A Gaussian whose actions are sampled (affine) swings up as well: any random push will do. It
+    # fails in the likelihood of the pushes, flow_bc_likelihood.
+    "flow_bc": Case(
+        "flow_bc",
+        SMALL | {"blocks": 1},
+        BIMODAL,
+        early_at=0.5,
+        early=30,
+        end=60,
+        above={"bc_bimodal": 35},
+        ablations={"affine": {"coupling": "affine"}, "actions shuffled": shuffle_actions},
+    ),
+    "bc_bimodal": Case("bc", SMALL, BIMODAL),
+    "flow_bc_likelihood": Case(
+        "flow_bc",
+        LIKELIHOOD | {"blocks": 1},
+        BIMODAL,
+        measure="validation/nll",
+        early=118,
+        end=125,
+        above={"bc_likelihood": 20},
+        ablations={"affine": {"coupling": "affine"}},
+    ),
+    "bc_likelihood": Case(
+        "bc", LIKELIHOOD | {"policy": "gaussian"}, BIMODAL, measure="validation/nll"
+    ),
     "sac": Case(
         "sac",
         {"env_id": "Pendulum-v1", "steps": 5000, "random_steps": 1000, "eval_every": 1250}
@@ -127,5 +162,7 @@ def run(case: Case, seed: int, folder: Path, ablation: str = "") -> list[float]:
         **data, **flags, seed=seed, eval_episodes=20, device="cpu", run_dir=str(folder)
     )
     history = module.train(args)
+    if case.measure != "return_mean":
+        return [-100 * row[case.measure] for row in history]
     low, high = -1232.0, -155.0  # about what random actions and the expert return
     return [100 * (row["return_mean"] - low) / (high - low) for row in history]

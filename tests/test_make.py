@@ -210,6 +210,94 @@ def test_replay_buffer_is_shipped_as_recorded(make, maker, tmp_path):
     assert data["timeouts"][-1]
 
 
+# ------------------------------------------------------------------------------ Demonstrations
+
+
+@pytest.fixture(scope="module")
+def coin(maker):
+    """Demonstrations with the coin, 400 episodes."""
+    return maker.roll_out("Pendulum-v1", maker.SwingUp(coin=True), 80_000, seed=0, envs=100)
+
+
+def test_the_coin_decides_in_the_band_alone(maker, coin):
+    """There both pushes, elsewhere one torque; without the coin one torque everywhere."""
+    s, a = torch.as_tensor(np.float32(coin["observations"])), coin["actions"][:, 0]
+    band = maker.SwingUp(True).in_band(s).numpy()
+    energy = coin["observations"] @ [15, 0, 0] + 15 + coin["observations"][:, 2] ** 2 / 2
+    assert 0.05 < band.mean() < 0.15 and (np.abs(energy - 24.5) < 2.51)[band].all()
+    np.testing.assert_allclose(np.abs(a[band]).mean(), 1.7, atol=0.01)
+    np.testing.assert_allclose(np.abs(a[band]).std(), 0.1, atol=0.01)  # nothing in between
+    elsewhere = maker.SwingUp(True).act(s, sample=False)[:, 0].numpy()
+    noise = (a - elsewhere)[~band]
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 0.1) < 0.01
+    right = maker.SwingUp(False).act(s, sample=False)[:, 0].numpy()
+    np.testing.assert_array_equal(right[~band], elsewhere[~band])
+    assert (right[band] == np.float32(1.7)).all()
+
+
+def test_no_state_tells_the_coin(maker, coin):
+    """Neither the state nor the previous push predicts whether the coin says to go on: the nearest
+    state in the data knows it as well as chance does."""
+    s, a = coin["observations"], coin["actions"][:, 0]
+    band = maker.SwingUp(True).in_band(torch.as_tensor(np.float32(s))).numpy()
+    on = a * s[:, 2] > 0
+    assert on[band].mean() == pytest.approx(0.4, abs=0.02)
+    both = band[1:] & band[:-1] & ~coin["timeouts"][:-1]
+    again = np.corrcoef(on[1:][both], on[:-1][both])[0, 1]
+    assert abs(again) < 0.1
+    s, on = torch.as_tensor(s[band] / s.std(0)), torch.as_tensor(on[band])
+    nearest = torch.cdist(s[:1000], s[1000:]).argmin(1)
+    agree = (on[:1000] == on[1000:][nearest]).float().mean().item()
+    assert agree == pytest.approx(0.4**2 + 0.6**2, abs=0.05)
+
+
+def test_both_pushes_succeed_and_their_mean_fails(maker, coin):
+    class Mean(maker.SwingUp):
+        def act(self, s, sample=True):
+            many = super().act(s.repeat_interleave(100, 0), sample=False)
+            return many.unflatten(0, (len(s), 100)).mean(1)
+
+    class Left(maker.SwingUp):  # the mirror image of the one that pushes right
+        def act(self, s, sample=True):
+            return -super().act(s * torch.tensor([1.0, -1, -1]), sample)
+
+    returns, upright = {}, {}
+    policies = {"right": maker.SwingUp(False), "left": Left(False), "mean": Mean(True)}
+    rolled = {
+        key: maker.roll_out("Pendulum-v1", policy, 20_000, seed=1, envs=100)
+        for key, policy in policies.items()
+    }
+    for key, data in (rolled | {"coin": coin}).items():
+        returns[key] = maker.episodes_of(data)[1].mean()
+        upright[key] = (data["next_observations"][data["timeouts"], 0] > 0.9).mean()
+    assert min(returns["right"], returns["left"]) > -280 and returns["coin"] > -340, returns
+    assert min(upright["right"], upright["left"], upright["coin"]) > 0.97, upright
+    assert returns["mean"] < -800 and upright["mean"] < 0.3, (returns, upright)
+
+
+@pytest.mark.parametrize("name, pushes", [("pendulum-bimodal", 2), ("pendulum-unimodal", 1)])
+def test_shipped_demonstrations(make, maker, name, pushes, tmp_path):
+    """Whole episodes in the usual layout; the file that ships is what the command makes."""
+    shipped = Path(maker.__file__).parent / f"{name}.hdf5"
+    assert shipped.stat().st_size < 500_000
+    make(name)
+    made, attributes = maker.read(name)
+    assert [b - a for a, b in spans(made)] == [200] * 5
+    shutil.copy(shipped, maker.FOLDER / f"{name}.hdf5")
+    data, there = maker.read(name)
+    assert [b - a for a, b in spans(data)] == [200] * 100 and not data["terminals"].any()
+    for key in ("env_id", "description", "action_low", "action_high"):
+        assert there[key] == attributes[key]
+    low, high = there["ref_min_score"], there["ref_max_score"]
+    score = 100 * (maker.episodes_of(data)[1].mean() - low) / (high - low)
+    assert 80 < score < 105 and there["env_id"] == "Pendulum-v1"
+    for columns in (made, data):
+        s = torch.as_tensor(columns["observations"])
+        band = maker.SwingUp(True).in_band(s).numpy()
+        assert len(np.unique(np.sign(columns["actions"][band]))) == pushes
+    np.testing.assert_allclose(data["observations"][:1], made["observations"][:1], atol=1e-6)
+
+
 def test_mixture(make, maker):
     make(
         mix="pendulum-random:0.7,pendulum-medium-replay:0.1,pendulum-expert:0.2",
@@ -287,6 +375,7 @@ HALVES = "pendulum-random:0.5,pendulum-medium:0.5"
     [
         ([], {}, "Name a data set"),
         (["pendulum-perfect"], {}, "No data set 'pendulum-perfect'.*-medium-expert"),
+        (["hopper-bimodal"], {}, "No data set 'hopper-bimodal'.*pendulum-bimodal"),
         (["pendulum-medium-replay"], {}, "exists"),
         (["pendulum-medium-replay"], {"overwrite": True}, "ships with the project"),
         (["hopper-medium"], {}, "No policies of hopper"),
@@ -347,6 +436,7 @@ def test_card_and_list(make, maker, capsys):
     assert rows["pendulum-random"].split()[-3:-1] == ["1,000", "5"]
     assert rows["pendulum-medium-replay"].split()[1] == "ships"
     assert rows["hopper-expert"].endswith("policies/hopper.pt, rolled out")
+    assert rows["pendulum-bimodal"].split()[1] == "ships"
 
 
 def test_the_card_is_up_to_date(maker):
