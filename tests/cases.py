@@ -19,6 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"hidden_dim": 128, "learning_rate": 1e-3, "steps": 4000, "eval_every": 1000}
 VALUE = SMALL | {"gamma": 0.97, "tau": 0.01}  # a shorter horizon suits a swing-up of 200 steps
+NARROW = "pendulum-unimodal"  # one way to swing up, and nothing of what lies beside it
 SCARCE = "pendulum-random-expert-10"  # nine transitions of ten are random
 MIXED = "pendulum-random-medium-expert"
 BIMODAL = "pendulum-bimodal"  # two actions for one state; both succeed, their mean fails
@@ -121,6 +122,37 @@ CASES = {
     ),
     "bc_likelihood": Case(
         "bc", LIKELIHOOD | {"policy": "gaussian"}, BIMODAL, measure="validation/nll"
+    ),
+    "iql": Case(
+        "iql",
+        VALUE,
+        early=20,
+        end=70,
+        ablations={"a mean, unweighted": {"expectile": 0.5, "beta": 0.0}},
+    ),
+    "cql": Case(
+        "cql",
+        VALUE | {"hidden_dim": 64, "batch_size": 128, "n_actions": 4, "policy_learning_rate": 1e-3},
+        NARROW,
+        end=32,
+        ablations={"alpha 0": {"cql_alpha": 0.0}},
+    ),
+    "rebrac": Case(
+        "rebrac",
+        VALUE | {"batch_size": 256, "actor_bc": 0.5, "critic_bc": 0.1},
+        NARROW,
+        early=12,
+        end=25,
+        ablations={"no penalties": {"actor_bc": 0.0, "critic_bc": 0.0}},
+    ),
+    "diffusion_ql": Case(
+        "diffusion_ql",
+        VALUE
+        | {"hidden_dim": 64, "batch_size": 128, "candidates": 10, "ema_rate": 0.005}
+        | {"steps": 2000, "eval_every": 500},
+        end=40,
+        above={"bc_all": 5},
+        ablations={"cloning alone": {"eta": 0.0, "candidates": 1}},
     ),
     "sac": Case(
         "sac",

@@ -18,7 +18,11 @@ BLOCKS = {
         (),
     ),
     "mlp": ("bc.py", r"def mlp\(.*?\n\n\n", ()),
-    "twin critic": ("td3_bc.py", r"class TwinCritic\(.*?(?=\n\n\n)", ("bc.py", "flow_bc.py")),
+    "twin critic": (
+        "td3_bc.py",
+        r"class TwinCritic\(.*?(?=\n\n\n)",
+        ("bc.py", "flow_bc.py", "rebrac.py", "vae_bc.py"),
+    ),
     "evaluation": ("bc.py", r"# -+ Evaluation\n.*?(?=\n# -+ Training loop\n)", ()),
     "training loop": ("bc.py", r"def train\(.*?(?=\n\n\ndef accelerate)", ("sac.py",)),
     "training helpers": ("bc.py", r"def accelerate\(.*\Z", ()),

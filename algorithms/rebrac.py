@@ -1,0 +1,817 @@
+"""ReBRAC, "Revisiting the Minimalist Approach to Offline Reinforcement Learning"
+Denis Tarasov, Vladislav Kurenkov, Alexander Nikulin, Sergey Kolesnikov. NeurIPS 2023,
+arXiv:2305.09836.
+
+TD3+BC with what other work found useful since, each piece small: a deeper critic with LayerNorm,
+larger batches, and the distance to the data not only in the actor's loss but also in the critic's
+target, with a weight of its own. A policy that leaves the data is then not worth what Q dreams.
+
+    ã'     = clip(π'(s') + ε, ±1),   ε = clip(σ N(0, I), ±c)
+    y      = r + γ (1 - d) (min_i Q'_i(s', ã') - β_2 |ã' - a'|²),   a' the data's next action
+    L(Q_i) = (Q_i(s, a) - y)²
+    L(π)   = β_1 |π(s) - a|² - λ min_i Q_i(s, π(s)),   λ = 1 / mean |min_i Q_i(s, π(s))|
+
+    python algorithms/rebrac.py --dataset hopper-medium-replay
+    python algorithms/rebrac.py --dataset hopper-medium-expert --actor-bc 0.1 --critic-bc 0.01
+
+The paper tunes β_1 and β_2 per data set; these flags are its values for D4RL (--actor-bc,
+--critic-bc): hopper-medium .01 .01, -medium-replay .05 .5, -medium-expert .1 .01; halfcheetah
+.001 .01, .01 .001, .01 .1; walker2d .05 .1, .05 .01, .01 .01. Here they begin at .05 and .5.
+
+Measured: pendulum-unimodal (demonstrations), 4,000 steps of small networks, five seeds: score 68.8,
+without both penalties -11; half a minute on one CPU thread. Not trained at length on Hopper yet.
+
+Differs from the paper / official code:
+- LayerNorm in the critic alone, as in the configurations behind the paper's tables.
+- The targets follow the networks as they are after the step; the code takes those before it.
+- One call of `update` is two critic steps and one actor step; --steps counts critic steps.
+- The last transition of an episode cut by a time limit has no next action and is left out, as in
+  the official code.
+"""
+
+import copy
+import csv
+import functools
+import http.client
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------- Args
+
+
+@dataclass
+class Args:
+    """ReBRAC: TD3+BC with LayerNorm and the distance to the data in actor and critic."""
+
+    actor_bc: float = 0.05
+    """β_1, weight of the squared distance to the data's action in the actor's loss"""
+    critic_bc: float = 0.5
+    """β_2, weight of the squared distance to the data's next action in the critic's target"""
+    gamma: float = 0.99
+    """discount per step"""
+    tau: float = 0.005
+    """share of the new parameters in a target network's update"""
+    policy_noise: float = 0.2
+    """deviation of the noise that smooths the target policy, in scaled action units"""
+    noise_clip: float = 0.5
+    """bound of that noise"""
+    policy_delay: int = 2
+    """critic steps per actor step"""
+    layer_norm: bool = True
+    """normalise the critics' hidden layers"""
+    steps: int = 1_000_000
+    """gradient steps of the critic"""
+    batch_size: int = 1024
+    """transitions per gradient step"""
+    hidden_dim: int = 256
+    """units in each of the three hidden layers"""
+    learning_rate: float = 1e-3
+    """Adam's step size, actor and critic"""
+
+    # The run: the same flags in every file.
+    dataset: str = "hopper-medium-replay"
+    """a name (ours), a name with -v2 (D4RL's), a Minari id, or a path to .hdf5, .npz or Minari"""
+    env_id: str = ""
+    """evaluation environment, also module:Id; empty: the dataset's; none: validation losses only"""
+    seed: int = 0
+    """seed of the networks, the batches and the evaluation"""
+    eval_every: int = 5000
+    """gradient steps between evaluations; the last step is always evaluated"""
+    eval_episodes: int = 10
+    """episodes per evaluation, all stepped together"""
+    validation_fraction: float = 0.05
+    """share of the episodes kept out of training, for the validation losses"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps; auto takes a GPU if there is one"""
+    matmul_precision: Literal["highest", "high", "medium"] = "high"
+    """float32 products: high is TF32 on CUDA, medium is bfloat16 also on CPUs that have AMX"""
+    compile: bool = False
+    """fuse the update's kernels with torch.compile"""
+    cuda_graph: bool = True
+    """on CUDA: capture the whole update in a graph; same numbers, far fewer launches"""
+    run_dir: str = ""
+    """where everything is written; empty: runs/<algorithm>/<dataset>/seed<seed>"""
+    resume: bool = False
+    """continue from the checkpoint in the run directory"""
+    save_every: int = 50_000
+    """gradient steps between checkpoints; the last step and Ctrl-C save too"""
+    evaluate: str = ""
+    """path of a checkpoint: evaluate it, no training"""
+    capture_video: bool = False
+    """record one evaluation episode as MP4 at the end"""
+
+
+# ------------------------------------------------------------------------------------- Dataset
+
+D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
+REFERENCES = {  # D4RL's returns of a random and of an expert policy: scores 0 and 100
+    "HalfCheetah": (-280.178953, 12135.0),
+    "Hopper": (-20.272305, 3234.3),
+    "Walker2d": (1.629008, 4592.3),
+    "Ant": (-325.6, 3879.7),
+}
+
+
+@dataclass
+class Dataset:
+    """N transitions, episode after episode. To bring arrays of your own, fill one of these."""
+
+    name: str
+    source: str
+    env_id: str  # where to evaluate; "none": nowhere
+    observations: np.ndarray  # (N, S) float32
+    actions: np.ndarray  # (N, A) float32, scaled to [-1, 1] from the bounds below
+    rewards: np.ndarray  # (N, 1) float32
+    next_observations: np.ndarray  # (N, S) float32, the successor, also at an episode's end
+    terminals: np.ndarray  # (N, 1) float32: 1 where the task ended, so that nothing follows
+    ends: np.ndarray  # (N,) bool: last step of an episode, by a terminal or by a time limit
+    action_low: np.ndarray  # (A,) float32
+    action_high: np.ndarray  # (A,) float32
+    references: tuple[float, float]  # returns that score 0 and 100; NaN where there are none
+
+    def __post_init__(self):
+        self.episodes = np.cumsum(self.ends) - self.ends  # (N,) the number of each row's episode
+        self.returns = np.bincount(self.episodes, weights=self.rewards[:, 0])  # (E,)
+
+    def tensors(self, rows: np.ndarray, device: torch.device) -> dict[str, torch.Tensor]:
+        """What a learner is given: the chosen rows of every array, and the bounds, (1, A) each."""
+        names = ("observations", "actions", "rewards", "next_observations", "terminals", "episodes")
+        arrays = {name: getattr(self, name)[rows] for name in names}
+        arrays |= {"action_low": self.action_low[None], "action_high": self.action_high[None]}
+        return {name: torch.as_tensor(array, device=device) for name, array in arrays.items()}
+
+
+def load_dataset(name: str, env_id: str = "") -> Dataset:
+    """Finds, downloads, reads and checks a data set; raises SystemExit with one clear sentence."""
+
+    def refuse(what):
+        raise SystemExit(f"Data set '{name}': {what}")
+
+    # Where it is: a path, a file of ours, one of D4RL's, one of Minari's.
+    places = [Path(__file__).resolve().parents[1] / "datasets", Path("datasets")]
+    paths = [path for path in (Path(name), *(p / f"{name}.hdf5" for p in places)) if path.exists()]
+    d4rl = re.fullmatch("(halfcheetah|hopper|walker2d|ant)-([a-z-]+)-v2", name)
+    if paths:
+        raw, meta = (read_minari if paths[0].is_dir() else read_flat)(paths[0])
+        source = str(paths[0])
+    elif d4rl:
+        raw, meta = read_flat(download(f"{d4rl[1]}_{d4rl[2].replace('-', '_')}-v2.hdf5"))
+        task = next(key for key in REFERENCES if key.lower() == d4rl[1])
+        meta["env_id"], source = f"{task}-v4", "D4RL"  # -v4 has the dynamics of D4RL's -v2
+    elif re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", name):
+        (raw, meta), source = read_minari(name), "Minari"
+    else:
+        known = sorted({file.stem for place in places for file in place.glob("*.hdf5")})
+        refuse(
+            f"no such file or name. At hand: {', '.join(known) or 'none'}. `python datasets/make.py"
+            f" --list` shows those it can make; hopper-medium-v2 is D4RL's, ids like"
+            f" mujoco/hopper/expert-v0 are Minari's."
+        )
+
+    # What the file says of its environment; the environment itself knows better.
+    env_id = env_id or meta.get("env_id", "none")
+    low, high, limit = meta.get("action_low", -1.0), meta.get("action_high", 1.0), None
+    if env_id != "none":
+        env = make_env(env_id)
+        low, high, limit = env.action_space.low, env.action_space.high, env.spec.max_episode_steps
+        dims = env.observation_space.shape, env.action_space.shape
+        env.close()
+    reference = REFERENCES.get(env_id.split("-v")[0], (math.nan, math.nan))
+    reference = meta.get("ref_min_score", reference[0]), meta.get("ref_max_score", reference[1])
+
+    # Whether it can be learnt from.
+    missing = {"observations", "actions", "rewards", "terminals"} - raw.keys()
+    if missing:
+        refuse(f"it lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(raw)) or 'none'}.")
+    n = len(raw["observations"])
+    if n == 0:
+        refuse("it is empty.")
+    if np.issubdtype(raw["actions"].dtype, np.integer):
+        refuse("its actions are discrete (integers), this algorithm needs continuous ones.")
+    raw.setdefault("timeouts", np.zeros(n))
+    last = (raw["terminals"] > 0) | (raw["timeouts"] > 0)
+    rows = {key: n for key in ("observations", "actions", "rewards", "terminals", "timeouts")}
+    rows |= {"next_observations": n} if "next_observations" in raw else {}
+    rows |= {"final_observations": last.sum()} if "final_observations" in raw else {}
+    for key, number in rows.items():
+        if len(raw[key]) != number:
+            refuse(f"'{key}' has {len(raw[key])} rows, 'observations' has {n} ({number} due).")
+        raw[key] = raw[key].reshape(number, -1).astype(np.float32)
+        if "observations" in key and raw[key].shape[1:] != raw["observations"].shape[1:]:
+            refuse(f"'{key}' has rows of another size than 'observations'.")
+        bad = ~np.isfinite(raw[key]).all(axis=1)
+        if bad.any():
+            refuse(f"'{key}' is NaN or infinite, first at index {bad.argmax()}.")
+    s, a, terminals = raw["observations"], raw["actions"], raw["terminals"][:, 0] > 0
+    if env_id != "none" and (s.shape[1:], a.shape[1:]) != dims:
+        shapes = f"states {s.shape[1:]} and actions {a.shape[1:]}, {env_id} has {dims}"
+        refuse(f"it has {shapes}; name its environment with --env-id.")
+    low, high = (np.broadcast_to(np.float32(x), a.shape[1:]).copy() for x in (low, high))
+    if not np.isfinite(high - low).all():
+        refuse(f"the actions of {env_id} are bounded by {low} and {high}; they must be finite.")
+    outside = ((a < low - 1e-4) | (a > high + 1e-4)).any(axis=1)
+    if outside.any():
+        i = outside.argmax()
+        refuse(f"action {a[i]} at index {i} is outside the bounds {low} to {high}.")
+
+    if "final_observations" in raw:  # our files hold a successor once: in the next row, or here
+        if not last.reshape(n)[-1]:
+            refuse("its last row is no episode's end, so 'final_observations' cannot be placed.")
+        raw["next_observations"] = np.append(s[1:], s[-1:], axis=0)
+        raw["next_observations"][last.reshape(n)] = raw["final_observations"]
+
+    # Where its episodes end. A terminal is the task's end, a timeout only the recording's: what
+    # masks the bootstrap is the terminal alone, and nothing reaches across either.
+    ends = terminals | (raw["timeouts"][:, 0] > 0)
+    ends |= breaks(s, raw.get("next_observations"), terminals)
+    starts = np.maximum.accumulate(np.where(np.append(True, ends[:-1]), np.arange(n), 0))
+    ends |= (np.arange(n) - starts + 1) % (limit or n + 1) == 0
+    keep = np.ones(n, bool)
+    if "next_observations" not in raw:  # it is the next row; a timeout has none here, so drop it
+        raw["next_observations"] = np.append(s[1:], s[-1:], axis=0)
+        keep = terminals | ~ends
+        if not keep.any():
+            refuse("none of its rows has a successor.")
+        ends[:-1] |= ~keep[1:]
+    return Dataset(
+        name=Path(name).stem if Path(name).suffix else name.rstrip("/"),
+        source=source,
+        env_id=env_id,
+        observations=s[keep],
+        actions=(2 * (a[keep] - low) / (high - low) - 1).clip(-1, 1),
+        rewards=raw["rewards"][keep],
+        next_observations=raw["next_observations"][keep],
+        terminals=np.float32(terminals[keep, None]),
+        ends=ends[keep],
+        action_low=low,
+        action_high=high,
+        references=(float(reference[0]), float(reference[1])),
+    )
+
+
+def breaks(s, s_next, terminals):
+    """Rows (N,) that the next row does not follow, whatever the file says: D4RL's medium-replay
+    files leave out some timeouts."""
+    if s_next is not None:
+        return np.append(np.any(s_next[:-1] != s[1:], axis=1), True)
+    # Without successors: the row before one that looks like those that episodes begin with.
+    first = s[np.append(True, terminals[:-1])]
+    spread = np.abs(first - first.mean(0)).max(0)
+    alike = (np.abs(s - first.mean(0)) <= 1.5 * spread).all(1) & (len(first) >= 20)
+    return np.append(alike[1:] & ~alike[:-1], True)
+
+
+def read_flat(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """Arrays and attributes of an .hdf5 or .npz file in D4RL's flat layout."""
+    try:
+        if path.suffix == ".npz":
+            with np.load(path) as file:
+                return dict(file), {}
+        with h5py.File(path) as file:
+            arrays = {key: item[()] for key, item in file.items() if isinstance(item, h5py.Dataset)}
+            return arrays, dict(file.attrs)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise SystemExit(f"{path} cannot be read as .hdf5 or .npz: {error}") from None
+
+
+def read_minari(name: str | Path) -> tuple[dict[str, np.ndarray], dict]:
+    """Arrays and attributes of a Minari data set, by folder or by id (downloaded if need be)."""
+    try:
+        if isinstance(name, Path):
+            data = minari.MinariDataset(name / "data" if (name / "data").is_dir() else name)
+        else:
+            data = minari.load_dataset(name, download=True)
+        episodes = list(data.iterate_episodes())
+        columns = {
+            "observations": [episode.observations[:-1] for episode in episodes],
+            "next_observations": [episode.observations[1:] for episode in episodes],
+            "actions": [episode.actions for episode in episodes],
+            "rewards": [episode.rewards for episode in episodes],
+            "terminals": [episode.terminations for episode in episodes],
+            "timeouts": [episode.truncations for episode in episodes],
+        }
+        env_id = {"env_id": data.spec.env_spec.id} if data.spec.env_spec else {}
+        return {k: np.concatenate(v) for k, v in columns.items()}, data.storage.metadata | env_id
+    except Exception as error:  # no network, no such id, observations that are no flat array ...
+        raise SystemExit(f"Minari cannot load '{name}': {error!r}") from None
+
+
+def download(file_name: str) -> Path:
+    """Path of a D4RL file in the d4rl package's cache folder (D4RL_DATASET_DIR moves it), fetched
+    once from D4RL's server (D4RL_MIRROR names another) and begun anew after a broken transfer."""
+    folder = Path(os.environ.get("D4RL_DATASET_DIR", Path.home() / ".d4rl" / "datasets"))
+    path, part = folder / file_name, folder / f"{file_name}.part"
+    url = os.environ.get("D4RL_MIRROR", D4RL_URL).rstrip("/") + "/" + file_name
+    folder.mkdir(parents=True, exist_ok=True)
+    problem = None
+    for _ in range(0 if path.exists() else 3):
+        try:
+            torch.hub.download_url_to_file(url, str(part))  # shows a progress bar
+            h5py.File(part).close()  # raises OSError if the file is cut or is something else
+            return part.rename(path)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            problem = error
+    if problem is not None:
+        hint = f"name a mirror in D4RL_MIRROR, or put the file into {folder} by hand"
+        raise SystemExit(f"No D4RL data from {url}: {problem}. Try again later, {hint}.")
+    return path
+
+
+def make_env(env_id: str, **options) -> gym.Env:
+    """`gym.make`, with one clear sentence for what can go wrong."""
+    try:
+        env = gym.make(env_id, **options)
+    except (gym.error.Error, ImportError) as error:
+        raise SystemExit(f"Environment '{env_id}' (--env-id) cannot be made: {error}") from None
+    if not all(isinstance(x, gym.spaces.Box) for x in (env.action_space, env.observation_space)):
+        raise SystemExit(f"Environment '{env_id}' (--env-id): not all spaces are Box (continuous).")
+    return env
+
+
+# ------------------------------------------------------------------------------------ Networks
+
+
+def mlp(in_dim: int, hidden_dim: int, out_dim: int, hidden_layers: int = 2) -> nn.Sequential:
+    sizes = [in_dim] + [hidden_dim] * hidden_layers
+    layers = [(nn.Linear(i, o), nn.ReLU()) for i, o in zip(sizes[:-1], sizes[1:])]
+    return nn.Sequential(*sum(layers, ()), nn.Linear(hidden_dim, out_dim))
+
+
+class Actor(nn.Module):
+    """Deterministic policy π: raw states (B, S) -> actions (B, A) in [-1, 1]."""
+
+    def __init__(self, data, hidden_dim):
+        super().__init__()
+        self.register_buffer("action_low", data["action_low"])
+        self.register_buffer("action_high", data["action_high"])
+        state_dim, action_dim = data["observations"].shape[1], self.action_low.shape[1]
+        self.net = mlp(state_dim, hidden_dim, action_dim, hidden_layers=3)
+        for layer in self.net[:-1:2]:
+            nn.init.constant_(layer.bias, 0.1)
+        for parameter in self.net[-1].parameters():
+            nn.init.uniform_(parameter, -1e-3, 1e-3)  # begins near the middle of the actions
+
+    def forward(self, s):
+        return torch.tanh(self.net(s))
+
+    @torch.no_grad()
+    def act(self, observations: torch.Tensor) -> torch.Tensor:
+        """What a user calls: raw observations (N, S) -> actions (N, A) in the environment's
+        bounds."""
+        a = self(observations)
+        return self.action_low + 0.5 * (a + 1) * (self.action_high - self.action_low)
+
+
+class LayerNormCritic(nn.Module):
+    """Q_1 and Q_2 as one batched network: states (B, S), actions (B, A) -> values (2, B, 1)."""
+
+    def __init__(self, state_dim, action_dim, hidden_dim, layer_norm):
+        super().__init__()
+        sizes = (state_dim + action_dim, hidden_dim, hidden_dim, hidden_dim, 1)
+        self.layer_norm = layer_norm
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        self.gains, self.shifts = nn.ParameterList(), nn.ParameterList()
+        for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
+            bound = 3e-3 if fan_out == 1 else fan_in**-0.5  # the values begin near 0
+            bias = torch.empty(2, 1, fan_out)
+            bias = bias.uniform_(-bound, bound) if fan_out == 1 else bias.fill_(0.1)
+            self.weights.append(torch.empty(2, fan_in, fan_out).uniform_(-bound, bound))
+            self.biases.append(bias)
+            if layer_norm and fan_out > 1:
+                self.gains.append(torch.ones(2, 1, fan_out))
+                self.shifts.append(torch.zeros(2, 1, fan_out))
+
+    def forward(self, s, a):
+        x = torch.cat([s, a], dim=-1).expand(2, -1, -1)  # (2, B, S + A)
+        for i, (weight, bias) in enumerate(zip(self.weights[:-1], self.biases[:-1])):
+            x = torch.relu(torch.baddbmm(bias, x, weight))  # (2, B, H)
+            if self.layer_norm:  # bounds how fast Q can grow away from the data
+                x = F.layer_norm(x, x.shape[-1:]) * self.gains[i] + self.shifts[i]
+        return torch.baddbmm(self.biases[-1], x, self.weights[-1])  # (2, B, 1)
+
+
+# ----------------------------------------------------------------------------------- Algorithm
+
+
+class ReBRAC:
+    """The learner. All it needs lives on the data's device, so one update is one CUDA graph."""
+
+    def __init__(self, data: dict[str, torch.Tensor], args: Args):
+        self.args, device = args, data["rewards"].device
+        state_dim, action_dim = data["observations"].shape[1], data["actions"].shape[1]
+        self.policy = Actor(data, args.hidden_dim).to(device)
+        self.critic = LayerNormCritic(state_dim, action_dim, args.hidden_dim, args.layer_norm)
+        self.critic.to(device)
+        self.policy_target, self.critic_target = map(copy.deepcopy, (self.policy, self.critic))
+        self.data = with_next_actions(data)
+        adam = dict(lr=args.learning_rate, fused=True, capturable=device.type == "cuda")
+        self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), **adam)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), **adam)
+
+    def phase(self, step: int):
+        """The update to use at this step, and how many gradient steps one call of it takes."""
+        return self.update, self.args.policy_delay
+
+    def update(self) -> dict[str, torch.Tensor]:
+        """Some critic steps, then an actor step. Returns detached tensors, never synchronises."""
+        for _ in range(self.args.policy_delay):
+            s, a, r, s_next, a_next, d = self.sample()
+            metrics = self.update_critic(s, a, r, s_next, a_next, d)
+        metrics |= self.update_actor(s, a)
+        self.update_targets()
+        return metrics
+
+    def sample(self):
+        device = self.data["rewards"].device
+        i = torch.randint(len(self.data["rewards"]), (self.args.batch_size,), device=device)
+        keys = "observations actions rewards next_observations next_actions terminals".split()
+        return [self.data[key][i] for key in keys]  # (B, S), (B, A), (B, 1), (B, S), (B, A), (B, 1)
+
+    def critic_losses(self, s, a, r, s_next, a_next, d):
+        # Target: TD3's, less the price of being elsewhere than the data at s'.
+        with torch.no_grad():
+            eps = self.args.policy_noise * torch.randn_like(a)
+            eps = eps.clamp(-self.args.noise_clip, self.args.noise_clip)
+            a_tilde = (self.policy_target(s_next) + eps).clamp(-1, 1)
+            distance = (a_tilde - a_next).square().sum(-1, keepdim=True)  # (B, 1)
+            q_next = self.critic_target(s_next, a_tilde).amin(0) - self.args.critic_bc * distance
+            # d is 1 at a terminal only: a time limit ends the episode, not the future.
+            y = r + self.args.gamma * (1 - d) * q_next
+
+        # Both critics regress on it.
+        q = self.critic(s, a)  # (2, B, 1)
+        return (q - y).square().mean((1, 2)).sum(), q.detach(), distance
+
+    def update_critic(self, s, a, r, s_next, a_next, d):
+        loss, q, distance = self.critic_losses(s, a, r, s_next, a_next, d)
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        self.critic_optimizer.step()
+        metrics = {"losses/critic": loss.detach(), "values/q": q.mean()}
+        return metrics | {"losses/critic_bc": distance.mean()}
+
+    def update_actor(self, s, a):
+        # Climb the smaller Q; λ frees β_1 of the rewards' scale.
+        pi = self.policy(s)
+        self.critic.requires_grad_(False)  # the gradient passes through Q, it stops at π
+        q = self.critic(s, pi).amin(0)
+        self.critic.requires_grad_(True)
+        lam = 1 / q.detach().abs().mean()
+
+        # Stay near the data: a sum over the dimensions of the action.
+        bc = (pi - a).square().sum(-1).mean()
+
+        loss = self.args.actor_bc * bc - lam * q.mean()
+        self.policy_optimizer.zero_grad()
+        loss.backward()
+        self.policy_optimizer.step()
+        return {"losses/actor": loss.detach(), "losses/bc": bc.detach(), "values/lambda": lam}
+
+    @torch.no_grad()
+    def update_targets(self):
+        for target, online in (
+            (self.policy_target, self.policy),
+            (self.critic_target, self.critic),
+        ):
+            torch._foreach_lerp_(
+                list(target.parameters()), list(online.parameters()), self.args.tau
+            )
+
+    def actors(self) -> dict:
+        """Policies to evaluate, by suffix of their columns; the first one is the result."""
+        return {"": self.policy.act}
+
+    @torch.no_grad()
+    def validate(self, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Losses on held-out transitions."""
+        rows = with_next_actions(data)
+        keys = "observations actions rewards next_observations next_actions terminals".split()
+        s, a, *rest = (rows[key] for key in keys)
+        critic, *_ = self.critic_losses(s, a, *rest)
+        bc = (self.policy(s) - a).square().sum(-1).mean()
+        return {"validation/critic": critic, "validation/bc": bc}
+
+
+def with_next_actions(data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The transitions that have a next action, or end the episode for good and need none."""
+    episodes, terminals = data["episodes"], data["terminals"][:, 0] > 0
+    followed = torch.zeros_like(terminals)
+    followed[:-1] = episodes[1:] == episodes[:-1]
+    rows = followed | terminals
+    if len(rows) > 1 and not rows.any():
+        raise SystemExit("ReBRAC needs episodes of two steps at least, for the next actions.")
+    keys = "observations actions rewards next_observations terminals".split()
+    next_actions = data["actions"].roll(-1, 0)[rows]  # a terminal's is multiplied by 0
+    return {key: data[key][rows] for key in keys} | {"next_actions": next_actions}
+
+
+Learner = ReBRAC  # the name by which the training loop knows it
+
+# ---------------------------------------------------------------------------------- Evaluation
+
+
+def evaluate(learner, spec: dict, episodes: int, seed: int) -> dict[str, float]:
+    """Return, length and score over `episodes` episodes, all stepped together. The first of the
+    learner's policies is the result; the others' return and score get a suffix."""
+    low, high = spec["references"]
+    row = {}
+    for suffix, act in learner.actors().items():
+        envs = gym.make_vec(spec["env_id"], num_envs=episodes, vectorization_mode="sync")
+        observations, _ = envs.reset(seed=seed)
+        returns, lengths, running = np.zeros((3, episodes))
+        running += 1  # until the episode's end, by a terminal or a time limit; then it is 0
+        while running.any():
+            actions = act(torch.as_tensor(observations, dtype=torch.float32, device=spec["device"]))
+            observations, rewards, terminated, truncated, _ = envs.step(actions.cpu().numpy())
+            returns += running * rewards
+            lengths += running
+            running *= ~(terminated | truncated)
+        envs.close()
+        row[f"return_mean{suffix}"] = float(returns.mean())
+        if not suffix:
+            row |= {"return_std": float(returns.std()), "length_mean": float(lengths.mean())}
+        row[f"score{suffix}"] = float(100 * (returns.mean() - low) / (high - low))
+    return row
+
+
+def evaluate_checkpoint(args: Args, device: torch.device) -> dict[str, float]:
+    """--evaluate: a policy from its checkpoint alone, without its data set."""
+    if not Path(args.evaluate).is_file():
+        raise SystemExit(f"--evaluate {args.evaluate}: no such checkpoint.")
+    saved = torch.load(args.evaluate, map_location=device, weights_only=True)
+    spec = saved["spec"] | {"device": device}
+    spec["env_id"] = args.env_id or spec["env_id"]
+    if spec["env_id"] == "none":
+        raise SystemExit(f"--evaluate {args.evaluate}: it has no environment, name one: --env-id.")
+    blank = {key: torch.zeros(shape, device=device) for key, shape in spec["shapes"].items()}
+    learner = Learner(blank, Args(**saved["args"]))
+    restore(learner, saved["learner"])
+    torch.manual_seed(0)  # as in training, for a policy that samples
+    row = {"step": saved["step"]} | evaluate(learner, spec, args.eval_episodes, args.seed)
+    print(f"{args.evaluate} on {args.eval_episodes} episodes of {spec['env_id']}: {describe(row)}")
+    if args.capture_video:
+        record_video(learner.policy.act, spec, Path(args.evaluate).parent)
+    return row
+
+
+def record_video(act, spec: dict, folder: Path) -> None:
+    """One episode as MP4. Where no display driver or no encoder is, it says so and goes on."""
+    try:
+        env = make_env(spec["env_id"], render_mode="rgb_array")
+        env = gym.wrappers.RecordVideo(env, str(folder / "video"), disable_logger=True)
+        observation, _ = env.reset(seed=0)
+        done = False
+        while not done:
+            s = torch.as_tensor(observation[None], dtype=torch.float32, device=spec["device"])
+            observation, _, terminated, truncated, _ = env.step(act(s)[0].cpu().numpy())
+            done = terminated or truncated
+        env.close()
+    except Exception as error:
+        print(f"No video: {error} (MuJoCo without a screen needs MUJOCO_GL=egl or osmesa)")
+
+
+# ------------------------------------------------------------------------------- Training loop
+
+
+def train(args: Args) -> list[dict[str, float]]:
+    """Trains, or with --evaluate only evaluates. Returns the evaluations, oldest first."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if args.device == "auto" else args.device)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    if args.evaluate:
+        return [evaluate_checkpoint(args, device)]
+
+    # The run directory: never overwritten, continued only on demand.
+    name = Path(__file__).stem
+    is_file = Path(args.dataset).suffix in (".hdf5", ".npz")
+    task = Path(args.dataset).stem if is_file else args.dataset.strip("/").replace("/", "-")
+    run_dir = Path(args.run_dir or f"runs/{name}/{task}/seed{args.seed}")
+    checkpoint = run_dir / "checkpoint.pt"
+    begun = (run_dir / "config.json").exists()
+    if begun and not args.resume:
+        raise SystemExit(f"{run_dir} holds a run: --resume continues it, --run-dir goes elsewhere.")
+    if args.resume and not begun:
+        raise SystemExit(f"--resume: no checkpoint in {run_dir}; start without --resume.")
+
+    # The data: whole episodes to train on, some others for the validation losses.
+    dataset = load_dataset(args.dataset, args.env_id)
+    episodes = len(dataset.returns)
+    held_out = min(episodes - 1, math.ceil(args.validation_fraction * episodes))
+    chosen = np.random.default_rng(args.seed).permutation(episodes)[:held_out]
+    held_out_rows = np.isin(dataset.episodes, chosen)
+    data = dataset.tensors(~held_out_rows, device)
+    validation = dataset.tensors(np.flatnonzero(held_out_rows)[:10_000], device)
+    spec = {"name": dataset.name, "env_id": dataset.env_id, "references": dataset.references}
+    spec |= {"shapes": {key: list(value[:1].shape) for key, value in data.items()}}
+    print(
+        f"{name} on {dataset.name} ({dataset.source}), evaluated on {dataset.env_id}\n"
+        f"  {len(dataset.ends):,} transitions in {episodes:,} episodes of return"
+        f" {dataset.returns.mean():.1f} (mean), {dataset.returns.max():.1f} (best);"
+        f" {held_out:,} episodes are kept for validation\n"
+        f"  {args.steps:,} steps on {device}; everything is written to {run_dir}"
+    )
+
+    # The learner, new or where an earlier run stopped.
+    torch.manual_seed(args.seed)
+    learner = Learner(data, args)
+    step, seconds, history = 0, 0.0, []
+    if args.resume and checkpoint.exists():  # a run that saved nothing yet begins anew
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        check_same(args, saved["args"])
+        step, seconds, history = saved["step"], saved["seconds"], saved["history"]
+        restore(learner, saved["learner"])
+        torch.set_rng_state(saved["rng"].cpu())
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(saved.get("cuda_rng", saved["rng"]).cpu(), device)
+
+    write_config(run_dir, args, spec)
+    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    fast = functools.cache(lambda update: accelerate(update, args, device))
+    began, first, metrics = time.time() - seconds, step, {}
+    bar = tqdm(total=args.steps, initial=step, unit="step", disable=not sys.stdout.isatty())
+
+    def due(period):  # whether the last update completed a multiple of `period`, or the run
+        return step % period < n or step >= args.steps
+
+    def save():
+        check_finite(metrics, step, checkpoint)
+        state = {"args": asdict(args), "spec": spec, "learner": snapshot(learner), "step": step}
+        state |= {"seconds": time.time() - began, "history": history, "rng": torch.get_rng_state()}
+        if device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(device)
+        torch.save(state, run_dir / "checkpoint.tmp")
+        (run_dir / "checkpoint.tmp").replace(checkpoint)  # at once: a crash leaves the old one
+
+    # Ctrl-C is heard between two updates, never inside one; a second one stops at once.
+    interrupted, handler = [], signal.getsignal(signal.SIGINT)
+    listens = threading.current_thread() is threading.main_thread()
+
+    def interrupt(*_):
+        interrupted.append(True)
+        signal.signal(signal.SIGINT, handler)
+
+    if listens:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        while step < args.steps and not interrupted:
+            update, n = learner.phase(step)
+            metrics = fast(update)()
+            step += n
+            bar.update(n)
+            if due(500):
+                check_finite(metrics, step, checkpoint)
+                for key, value in metrics.items():
+                    add = writer.add_scalar if value.numel() == 1 else writer.add_histogram
+                    add(key, value.cpu(), step)
+                speed = (step - first) / (time.time() - began - seconds)
+                writer.add_scalar("charts/steps_per_second", speed, step)
+            if due(args.eval_every):
+                row = {"step": step, "seconds": round(time.time() - began, 1)}
+                with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                    torch.manual_seed(0)  # training's random numbers are not touched
+                    if dataset.env_id != "none":
+                        seed = 1_000_003 * args.seed + step
+                        place = spec | {"device": device}
+                        row |= evaluate(learner, place, args.eval_episodes, seed)
+                    if held_out:
+                        row |= {k: float(v) for k, v in learner.validate(validation).items()}
+                history.append(row)
+                write_history(run_dir, history)
+                for key in list(row)[2:]:
+                    writer.add_scalar(key if "/" in key else f"eval/{key}", row[key], step)
+                best = max(row.get("return_mean", math.nan) for row in history)
+                so_far = "" if math.isnan(best) else f"  (best return so far {best:.4g})"
+                bar.write(describe(row) + so_far)
+            if due(args.save_every) or interrupted:
+                save()
+        if step < args.steps:
+            sys.exit(f"\nSaved at step {step:,}; the same command with --resume goes on.")
+    finally:
+        if listens:
+            signal.signal(signal.SIGINT, handler)
+        bar.close()
+        writer.close()
+    if args.capture_video and dataset.env_id != "none":
+        record_video(learner.policy.act, spec | {"device": device}, run_dir)
+    print(f"Done after {(time.time() - began) / 60:.1f} minutes; results are in {run_dir}")
+    return history
+
+
+def accelerate(update, args: Args, device: torch.device):
+    """The same update, faster: compiled on demand, and on CUDA captured in a graph, which replays
+    its hundreds of kernels at the cost of one launch."""
+    if args.compile:
+        torch._inductor.config.fallback_random = True  # the random numbers of the eager update
+        update = torch.compile(update)
+    if device.type != "cuda" or not args.cuda_graph:
+        return update
+    side, graph, calls, metrics = torch.cuda.Stream(), torch.cuda.CUDAGraph(), 0, {}
+
+    def replay():
+        nonlocal calls, metrics
+        calls += 1
+        if calls <= 3:  # capture asks for some calls before it, off the default stream
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                metrics = update()
+            torch.cuda.current_stream().wait_stream(side)
+            return metrics
+        if calls == 4:
+            with torch.cuda.graph(graph):  # records the update, does not run it
+                metrics = update()
+        graph.replay()
+        return metrics
+
+    return replay
+
+
+def snapshot(learner) -> dict:
+    """State of a learner: of its networks and its optimisers, and its own tensors."""
+    items = vars(learner).items()
+    state = {key: item.state_dict() for key, item in items if hasattr(item, "state_dict")}
+    return state | {key: item.detach() for key, item in items if isinstance(item, torch.Tensor)}
+
+
+def restore(learner, state: dict) -> None:
+    for key, value in state.items():
+        item = getattr(learner, key)
+        if isinstance(item, torch.Tensor):
+            item.data.copy_(value)
+            continue
+        item.load_state_dict(value)
+        for group in getattr(item, "param_groups", []):  # the checkpoint's device may be another
+            group["capturable"] = group["params"][0].is_cuda
+
+
+def check_finite(metrics: dict, step: int, checkpoint: Path) -> None:
+    bad = [term for term, value in metrics.items() if not torch.isfinite(value).all()]
+    if bad:
+        kept = "the last good checkpoint is kept" if checkpoint.exists() else "nothing was saved"
+        raise SystemExit(f"Step {step:,}: {', '.join(bad)} not finite. Stopped; {kept}.")
+
+
+def check_same(args: Args, saved: dict) -> None:
+    """A run goes on as what it was: only these flags may differ."""
+    free = "steps eval_every eval_episodes eval_xi save_every device matmul_precision compile"
+    free += " cuda_graph run_dir resume evaluate capture_video"
+    for key, value in saved.items():
+        if key not in free.split() and getattr(args, key) != value:
+            flag = "--" + key.replace("_", "-")
+            raise SystemExit(f"--resume: the run was started with {flag} {value}; pass the same.")
+
+
+def describe(row: dict[str, float]) -> str:
+    hidden = ("step", "seconds")  # and a score where there are no reference returns
+    numbers = [f"{k} {x:.4g}" for k, x in row.items() if k not in hidden and not math.isnan(x)]
+    return f"step {row['step']:>9,}  " + "  ".join(numbers)
+
+
+def write_config(run_dir: Path, args: Args, spec: dict) -> None:
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    config = {"args": asdict(args), "dataset": spec["name"], "env_id": spec["env_id"]}
+    config |= {"python": platform.python_version(), "machine": platform.platform()}
+    config |= {p: importlib.metadata.version(p) for p in ("torch", "numpy", "gymnasium")}
+    config |= {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
+    config |= {"cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+    if shutil.which("git"):
+        config["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_history(run_dir: Path, history: list[dict]) -> None:
+    columns = ["step", "seconds", "return_mean", "return_std", "length_mean", "score"]
+    columns += [key for key in history[0] if key not in columns]
+    with open(run_dir / "eval.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, columns, extrasaction="ignore")
+        table.writeheader()
+        table.writerows(history)
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args))
