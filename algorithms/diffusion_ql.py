@@ -475,7 +475,9 @@ class Policy(nn.Module):
         s = self.normalise(observations).repeat_interleave(n, dim=0)  # (N n, S)
         a = self(s)
         q = self.q_target(s, a).amin(0).view(-1, n)  # (N, n)
-        chosen = torch.multinomial(q.softmax(-1), 1)  # (N, 1)
+        # The largest of Q' plus Gumbel noise is a draw from the softmax of Q'.
+        gumbel = -torch.empty_like(q).exponential_().log()
+        chosen = (q + gumbel).argmax(-1, keepdim=True)  # (N, 1)
         a = a.view(len(q), n, -1).take_along_dim(chosen[:, :, None], dim=1)[:, 0]  # (N, A)
         return self.action_low + 0.5 * (a + 1) * (self.action_high - self.action_low)
 

@@ -176,6 +176,17 @@ def test_acting_prefers_the_higher_value():
     assert chosen > agent.policy.act(torch.randn(200, S)).mean() + 0.3
 
 
+def test_acting_draws_by_the_softmax():
+    """Two candidates whose Q' differ by log 3: the better one in three of four draws."""
+    rows = data(64, actions=2 * torch.rand(64, 1) - 1)
+    rows |= {"action_low": -torch.ones(1, 1), "action_high": torch.ones(1, 1)}
+    agent = learner(diffusion_ql, rows, candidates=2)
+    agent.policy.forward = lambda s: torch.tensor([[0.5], [-0.5]]).repeat(len(s) // 2, 1)
+    agent.policy.q_target.forward = lambda s, a: (math.log(3) * a).expand(2, -1, -1)
+    a = agent.policy.act(torch.zeros(4000, S))
+    assert (a > 0).float().mean().item() == pytest.approx(0.75, abs=0.03)
+
+
 def test_gradients_are_bounded():
     agent = learner(diffusion_ql, max_grad_norm=0.01)
     norm = agent.update_policy(*batch(agent)[:2])["gradients/policy"]
