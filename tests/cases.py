@@ -154,6 +154,21 @@ CASES = {
         above={"bc_all": 5},
         ablations={"cloning alone": {"eta": 0.0, "candidates": 1}},
     ),
+    "cvae_bcq": Case(
+        "cvae_bcq",
+        VALUE | {"cvae_dim": 128, "batch_size": 128, "steps": 2000, "eval_every": 500},
+        early_at=0.75,
+        early=70,
+        end=72,
+        above={"bc_all": 25},
+        ablations={
+            "KL weight 0": {"kl_weight": 0.0},
+            "one candidate": {"target_samples": 1, "policy_samples": 1, "phi": 0.0},
+            # These two do not fail here: a third of the data is random, so Q knows every action.
+            "latents not clipped": {"latent_clip": math.inf},
+            "phi 2": {"phi": 2.0},
+        },
+    ),
     "sac": Case(
         "sac",
         {"env_id": "Pendulum-v1", "steps": 5000, "random_steps": 1000, "eval_every": 1250}
