@@ -44,6 +44,11 @@ def shuffle_actions(module: ModuleType) -> None:
     module.FlowBC.losses = lambda self, s, a: losses(self, s, a[torch.randperm(len(a))])
 
 
+def remove_state(module: ModuleType) -> None:
+    """A policy that sees the same state everywhere."""
+    module.Policy.normalise = lambda self, observations: torch.zeros_like(observations)
+
+
 @dataclass(frozen=True)
 class Case:
     """One algorithm on one problem, and what it must reach there."""
@@ -168,6 +173,33 @@ CASES = {
             "latents not clipped": {"latent_clip": math.inf},
             "phi 2": {"phi": 2.0},
         },
+    ),
+    "vae_bc": Case(
+        "vae_bc",
+        SMALL,
+        BIMODAL,
+        early_at=0.75,
+        early=50,
+        end=60,
+        above={"vae_bc_mlp": 40},
+        ablations={"state removed": remove_state, "kl weight 100": {"kl_weight": 100.0}},
+    ),
+    "vae_bc_mlp": Case("vae_bc", SMALL | {"policy": "mlp"}, BIMODAL),
+    "vae_bc_clean": Case(  # one action for every state: a tie
+        "vae_bc",
+        SMALL,
+        NARROW,
+        early=30,
+        end=78,
+        above={"vae_bc_clean_mlp": -12},
+    ),
+    "vae_bc_clean_mlp": Case(
+        "vae_bc",
+        SMALL | {"policy": "mlp"},
+        NARROW,
+        early=30,
+        end=78,
+        above={"vae_bc_clean": -12},
     ),
     "sac": Case(
         "sac",

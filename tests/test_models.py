@@ -88,7 +88,10 @@ def test_twin_critic_is_two_networks(name, layers):
         torch.testing.assert_close(q[i], net(torch.cat([s, a], dim=-1)))
 
 
-@pytest.mark.parametrize("name, head", [("bc", "net"), ("td3_bc", "net"), ("a2po", "cvae.decoder")])
+@pytest.mark.parametrize(
+    "name, head",
+    [("bc", "net"), ("td3_bc", "net"), ("a2po", "cvae.decoder"), ("vae_bc", "decoder")],
+)
 def test_act_answers_in_the_environments_bounds(name, head):
     """A policy that outputs the scaled action x acts with the action that x came from."""
     low, high = torch.tensor([[-2.0, -1.0]]), torch.tensor([[2.0, 3.0]])
@@ -102,7 +105,7 @@ def test_act_answers_in_the_environments_bounds(name, head):
         torch.testing.assert_close(policy.act(torch.randn(5, S)), wanted.expand(5, A))
 
 
-@pytest.mark.parametrize("name", ["bc", "td3_bc", "a2po"])
+@pytest.mark.parametrize("name", ["bc", "td3_bc", "a2po", "vae_bc"])
 def test_states_are_normalised_by_the_policy(name):
     rows = data(observations=torch.randn(64, S) * torch.tensor([1, 10, 0]) + 5)
     policy = learner(load(name), rows).policy
