@@ -190,14 +190,6 @@ def test_latents_when_acting():
         assert torch.equal(seen[-1], mean)
 
 
-def test_an_evaluation_draws_the_same_latents_again():
-    cloner, s = learner(vae_bc, two_modes()), torch.zeros(50, S)
-    one, two = cloner.actors()[""], cloner.actors()[""]
-    first = one(s)
-    assert torch.equal(first, two(s)) and not torch.equal(first, one(s))
-    assert not torch.equal(cloner.policy.act(s), cloner.policy.act(s))
-
-
 def test_the_prior_learns_where_one_action_is_taken():
     """Two states, one with two actions, one with a single: there nothing is left to the latent."""
     rows = two_modes()
