@@ -20,7 +20,7 @@ shown samples away from the data, so its disbelief says where that is, and is ch
 
 Measured: pendulum-medium-replay, 7,000 steps (2,000 of them the model's) of small networks, five
 seeds: score 100.2; behaviour cloning 0.9; with an untrained model -0.9 (three seeds). Without any
-imagined data SAC reaches 43, 100 and 98 there, so the set does not prove that imagination is needed.
+imagined data SAC reaches 43, 100 and 98 there: the set does not prove that imagination is needed.
 
 Differs from the paper / official code:
 - No code is public, and of the paper only the idea is kept (an adversary beside the likelihood, its
