@@ -10,6 +10,7 @@ would not allow, so it stands apart). Over seeds: mean and 95 % bootstrap interv
 """
 
 import csv
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,15 +103,12 @@ def insert(path: Path, name: str, text: str) -> None:
 def plot(runs: list[Run]) -> None:
     datasets = sorted({run.dataset for run in runs})
     algorithms = sorted({run.algorithm for run in runs})
-    figure, axes = plt.subplots(
-        1,
-        len(datasets),
-        figsize=(5 * len(datasets), 3.6),
-        squeeze=False,
-        sharey=True,
-        layout="constrained",
-    )
-    for axis, dataset in zip(axes[0], datasets):
+    columns, rows = min(3, len(datasets)), math.ceil(len(datasets) / 3)
+    size, options = (4.5 * columns, 3.4 * rows), dict(sharey=True, layout="constrained")
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
+    for axis in axes.flat[len(datasets) :]:
+        axis.axis("off")
+    for axis, dataset in zip(axes.flat, datasets):
         for i, algorithm in enumerate(algorithms):
             group = [run for run in runs if (run.algorithm, run.dataset) == (algorithm, dataset)]
             for run in group:
@@ -123,7 +121,8 @@ def plot(runs: list[Run]) -> None:
         axis.set(title=dataset, xlabel="gradient steps (thousands)")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
-    axes[0, 0].set_ylabel("normalised score")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("normalised score")
     figure.savefig(FOLDER / "curves.png", dpi=120)
 
 
