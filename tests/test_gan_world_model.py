@@ -203,7 +203,7 @@ def linear_system(n=1000, spread=2.0):
 
 
 def test_a_linear_system_is_learnt():
-    agent, _ = trained(linear_system(), 300)
+    agent, _ = trained(linear_system(), 1000)
     found = agent.validate(linear_system())
     assert found["validation/mse"] < 1e-2 and found["validation/nll"] < -1, found
 
