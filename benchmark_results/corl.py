@@ -4,10 +4,11 @@
     python benchmark_results/corl.py --file CORL/algorithms/offline/iql.py --steps 100000
 
 Nothing of CORL is kept here and nothing of what it needs is installed: d4rl, gym, wandb and
-pyrallis are replaced by a few lines each that give it our arrays, a Gymnasium environment and a place
-to log to. CORL's own code normalises, trains and evaluates, with its own defaults. It trains on all
-episodes; our files keep one in twenty for validation. Writes runs/corl_<file>/<data set>/seed<k>/
-eval.csv beside this file, for report.py; with --speed only steps per second.
+pyrallis are replaced by a few lines each that give it our arrays, a Gymnasium environment and a
+place to log to. CORL's own code normalises, trains and evaluates, with its own defaults. It trains
+on all episodes; our files keep one in twenty for validation. Writes
+runs/corl_<file>/<data set>/seed<k>/eval.csv beside this file, for report.py; with --speed it only
+counts steps per second.
 """
 
 import csv

@@ -17,8 +17,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from rliable import library as rliable
+from rliable import metrics
 from scipy.stats import bootstrap
 
+ONLINE = ("sac", "sac_offline")  # behind the data sets; not compared with the rest
 FOLDER = Path(__file__).resolve().parent
 CALIBRATION = FOLDER.parent / "tests" / "calibration"
 
@@ -51,25 +54,34 @@ def read_runs() -> list[Run]:
     return runs
 
 
+def bounds(values: list[float]) -> tuple[float, float] | None:
+    """95 % bootstrap interval of a mean over seeds; none below three seeds."""
+    if len(values) < 3 or np.ptp(values) == 0:
+        return None
+    options = dict(n_resamples=10_000, method="percentile", rng=np.random.default_rng(0))
+    return tuple(bootstrap((np.array(values),), np.mean, **options).confidence_interval)
+
+
 def interval(values: list[float]) -> str:
     """Mean and, from three seeds on, its 95 % bootstrap interval."""
-    mean = f"{np.mean(values):.1f}"
-    if len(values) < 3 or np.ptp(values) == 0:
-        return mean
-    options = dict(n_resamples=10_000, method="percentile", rng=np.random.default_rng(0))
-    low, high = bootstrap((np.array(values),), np.mean, **options).confidence_interval
-    return f"{mean} [{low:.1f}, {high:.1f}]"
+    ends = bounds(values)
+    return f"{np.mean(values):.1f}" + (f" [{ends[0]:.1f}, {ends[1]:.1f}]" if ends else "")
 
 
-def table(runs: list[Run]) -> str:
+def grouped(runs: list[Run]) -> list[tuple[tuple[str, str, int], list[Run]]]:
+    """Seeds of a cell together: ((data set, algorithm, steps), runs)."""
     groups = defaultdict(list)
     for run in runs:
         groups[run.dataset, run.algorithm, int(run.steps[-1])].append(run)
+    return sorted(groups.items())
+
+
+def table(runs: list[Run]) -> str:
     lines = [
         "| data set | algorithm | steps | seeds | final | best | minutes a run |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
-    for (dataset, algorithm, steps), group in sorted(groups.items()):
+    for (dataset, algorithm, steps), group in grouped(runs):
         final = interval([run.final for run in group])
         best = interval([run.scores.max() for run in group])
         minutes = np.mean([run.minutes for run in group])
@@ -77,6 +89,61 @@ def table(runs: list[Run]) -> str:
             f"| {dataset} | {algorithm} | {steps:,} | {len(group)} | {final} | {best} |"
             f" {minutes:.0f} |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def write_csv(runs: list[Run]) -> None:
+    """One row per cell: results.csv."""
+    columns = "dataset algorithm steps seeds final final_low final_high best minutes".split()
+    with open(FOLDER / "results.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        for cell, group in grouped(runs):
+            final = [run.final for run in group]
+            numbers = [np.mean(final), *(bounds(final) or (math.nan, math.nan))]
+            numbers += [np.mean([run.scores.max() for run in group])]
+            numbers += [np.mean([run.minutes for run in group])]
+            writer.writerow([*cell, len(group), *(f"{x:.2f}" for x in numbers)])
+
+
+def aggregate(runs: list[Run]) -> str:
+    """Interquartile mean over data sets and seeds, and how probable it is that A2PO is better, with
+    95 % stratified bootstrap intervals (Agarwal et al. 2021, arXiv:2108.13264). It compares the
+    algorithms that have as many steps and seeds as A2PO on all of A2PO's data sets."""
+    cells = {cell: group for cell, group in grouped(runs) if len(group) >= 3}
+    steps = max((steps for _, algorithm, steps in cells if algorithm == "a2po"), default=0)
+    datasets = sorted({d for d, algorithm, s in cells if (algorithm, s) == ("a2po", steps)})
+    scores = {}
+    for algorithm in sorted({run.algorithm for run in runs}):
+        groups = [cells.get((dataset, algorithm, steps), []) for dataset in datasets]
+        seeds = min(map(len, groups), default=0)
+        if seeds:
+            columns = [[run.final for run in group[:seeds]] for group in groups]
+            scores[algorithm] = np.array(columns).T  # (seeds, data sets)
+    if len(scores) < 2:
+        return "Not yet: A2PO and another algorithm on the same data sets, three seeds each.\n"
+
+    def iqm(x):
+        return np.array([metrics.aggregate_iqm(x)])
+
+    options = dict(reps=2000, random_state=np.random.RandomState(0))
+    means, ends = rliable.get_interval_estimates(scores, iqm, **options)
+    pairs = {name: (scores["a2po"], x) for name, x in scores.items() if name != "a2po"}
+    probability = metrics.probability_of_improvement
+    better, sure = rliable.get_interval_estimates(pairs, probability, **options)
+    lines = [
+        f"Over {', '.join(datasets)}; {steps:,} steps.",
+        "",
+        "| algorithm | seeds | interquartile mean | probability that A2PO is better |",
+        "|---|--:|--:|--:|",
+    ]
+    for name in sorted(scores, key=lambda name: -means[name][0]):
+        low, high = ends[name][:, 0]
+        cells = [name, len(scores[name]), f"{means[name][0]:.1f} [{low:.1f}, {high:.1f}]", ""]
+        if name in pairs:
+            low, high = sure[name][:, 0]
+            cells[-1] = f"{better[name]:.2f} [{low:.2f}, {high:.2f}]"
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -111,12 +178,13 @@ def plot(runs: list[Run]) -> None:
     for axis, dataset in zip(axes.flat, datasets):
         for i, algorithm in enumerate(algorithms):
             group = [run for run in runs if (run.algorithm, run.dataset) == (algorithm, dataset)]
-            for run in group:
-                axis.plot(run.steps / 1000, run.scores, color=f"C{i}", alpha=0.25, lw=1)
             if group:
                 n = min(len(run.steps) for run in group)
-                mean = np.mean([run.scores[:n] for run in group], axis=0)
-                steps = group[0].steps[:n] / 1000
+                scores = np.array([run.scores[:n] for run in group])  # (seeds, evaluations)
+                steps, mean = group[0].steps[:n] / 1000, scores.mean(0)
+                ends = [bounds(list(column)) or (m, m) for column, m in zip(scores.T, mean)]
+                if len(group) >= 3:
+                    axis.fill_between(steps, *zip(*ends), color=f"C{i}", alpha=0.2, lw=0)
                 axis.plot(steps, mean, color=f"C{i}", lw=2, label=algorithm)
         axis.set(title=dataset, xlabel="gradient steps (thousands)")
         axis.grid(alpha=0.3)
@@ -131,7 +199,11 @@ def main() -> None:
     if not runs:
         raise SystemExit(f"No runs in {FOLDER / 'runs'}: <algorithm>/<data set>/seed<k>/eval.csv.")
     text, readme = table(runs), FOLDER.parent / "README.md"
-    (FOLDER / "results.md").write_text(f"# Results\n\n{text}\n![curves](curves.png)\n")
+    compared = [run for run in runs if run.algorithm not in ONLINE]
+    (FOLDER / "results.md").write_text(
+        f"# Results\n\n{text}\n## Together\n\n{aggregate(compared)}\n![curves](curves.png)\n"
+    )
+    write_csv(runs)
     insert(readme, "results", text)
     insert(readme, "calibration", calibration_table())
     plot(runs)

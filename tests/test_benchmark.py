@@ -1,6 +1,8 @@
-"""The runner of benchmark_results/: its plan, and a grid that is killed in the middle."""
+"""benchmark_results/: the runner's plan, a grid that is killed in the middle, CORL's stand-ins, the
+report's numbers, the clock."""
 
 import csv
+import importlib
 import os
 import signal
 import subprocess
@@ -8,12 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT, load
 
 sys.path.insert(0, str(ROOT / "benchmark_results"))
 
+import corl
 import run
+import speed
 
 SMALL = ("hidden-dim=16", "batch-size=16", "eval-every=200", "eval-episodes=2")
 
@@ -99,3 +105,115 @@ def test_a_killed_grid_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
     assert start(whole, steps).wait() == 0
     assert scores(killed) == scores(whole)
     assert {rows[-1][0] for rows in scores(whole).values()} == {str(steps)}
+
+
+# What CORL's files have in common, around a policy that does what no learner would.
+CORL_LIKE = """
+from dataclasses import dataclass
+import d4rl, gym, numpy as np, pyrallis, wandb
+
+@dataclass
+class TrainConfig:
+    device: str = "cuda"
+    env: str = "halfcheetah-medium-v2"
+    seed: int = 0
+    eval_freq: int = 5000
+    max_timesteps: int = 1000000
+    scale: float = 1.0
+
+@pyrallis.wrap()
+def train(config):
+    env = gym.make(config.env)
+    data = d4rl.qlearning_dataset(env)
+    assert data["rewards"].shape == data["terminals"].shape == (len(data["actions"]),)
+    assert np.abs(data["actions"]).max() <= 1
+    env = gym.wrappers.TransformObservation(env, lambda s: s + 100)
+    env = gym.wrappers.TransformReward(env, lambda r: 2 * r)
+    wandb.init(project="x")
+    wandb.run.save()
+    for t in range(config.max_timesteps):
+        wandb.log({"loss": 0.0}, step=t)
+        if (t + 1) % config.eval_freq == 0:
+            env.seed(config.seed)
+            env.action_space.seed(config.seed)
+            state, done, total, steps = env.reset(), False, 0.0, 0
+            while not done:
+                assert state[0] > 90
+                state, reward, done, _ = env.step(np.array([config.scale * 0.5]))
+                total, steps = total + reward / 2, steps + 1
+            assert steps == 200
+            wandb.log({"d4rl_normalized_score": env.get_normalized_score(total) * 100}, step=t)
+"""
+
+
+def test_corl_runs_on_our_data_and_is_scored_as_we_score(tmp_path):
+    (tmp_path / "td3_bc.py").write_text(CORL_LIKE)
+    options = dict(dataset="pendulum-medium-replay", seed=3, steps=40, eval_every=20)
+    options |= dict(run_dir=str(tmp_path / "run"), override=("scale=2.0",))
+    corl.main(corl.Args(tmp_path / "td3_bc.py", **options))
+    with open(tmp_path / "run" / "eval.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["20", "40"]
+    # The same constant torque, 1.0 of [-1, 1], from the same start in the environment itself.
+    env = load("bc").make_env("Pendulum-v1")
+    env.reset(seed=3)
+    total = sum(env.step(np.array([2.0], np.float32))[1] for _ in range(200))
+    low, high = load("bc").load_dataset("pendulum-medium-replay").references
+    assert float(rows[0]["return_mean"]) == pytest.approx(total)
+    assert float(rows[0]["score"]) == pytest.approx(100 * (total - low) / (high - low))
+    with pytest.raises(SystemExit, match="holds a run: --run-dir goes elsewhere"):
+        corl.main(corl.Args(tmp_path / "td3_bc.py", **options))
+    with pytest.raises(SystemExit, match="not there; fetch"):
+        corl.main(corl.Args(tmp_path / "cql.py"))
+
+
+def test_report_counts_seeds_intervals_and_who_is_better(tmp_path, monkeypatch):
+    pytest.importorskip("rliable", reason="benchmark_results/requirements.txt is not installed")
+    report = importlib.import_module("report")
+    ends = {
+        "a2po": (90, 91, 92),
+        "bc": (10, 95, 20),
+        "td3_bc": (50,),
+    }  # three of nine pairs are lost
+    for algorithm, seeds in ends.items():
+        for seed, end in enumerate(seeds):
+            folder = tmp_path / "runs" / algorithm / "hopper-medium" / f"seed{seed}"
+            folder.mkdir(parents=True)
+            lines = [f"{step},{6 * step},{end if step > 5 else 99}" for step in range(1, 11)]
+            (folder / "eval.csv").write_text("\n".join(["step,seconds,score", *lines]))
+    monkeypatch.setattr(report, "FOLDER", tmp_path)
+    runs = report.read_runs()
+    rows = report.table(runs).splitlines()[2:]
+    assert rows[0].startswith("| hopper-medium | a2po | 10 | 3 | 91.0 [90.")
+    assert rows[0].endswith("| 99.0 | 1 |")  # best is the best evaluation, not the best seed
+    assert rows[2].startswith("| hopper-medium | td3_bc | 10 | 1 | 50.0 |")  # one seed: no interval
+    together = report.aggregate(runs)
+    assert "| a2po | 3 | 91.0 [" in together
+    assert "| bc | 3 | 41.7 [" in together and "| 0.67 [" in together
+    assert "td3_bc" not in together
+
+
+def test_speed_weighs_the_phases_by_their_share(monkeypatch):
+    """Of 200 steps a phase with 1 call of 10 ms per step takes 150, one with 1 ms per two 50."""
+
+    class Learner:
+        def __init__(self, data, args):
+            self.steps = args.steps
+
+        def slow(self):
+            time.sleep(0.010)
+
+        def quick(self):
+            time.sleep(0.001)
+
+        def phase(self, step):
+            return (self.slow, 1) if step < 0.75 * self.steps else (self.quick, 2)
+
+    module = load("bc", fresh=True)
+    module.Learner, module.evaluate = Learner, lambda *_: {}
+    monkeypatch.setattr(speed, "load", lambda _: module)
+    data = str(ROOT / "datasets" / "pendulum-medium-replay.hdf5")
+    row = speed.ours(speed.Args(device="cpu", seconds=0.6), "bc", data)
+    assert 1e3 / row["steps_per_second"] == pytest.approx(0.75 * 10 + 0.25 * 0.5, rel=0.15)
+    assert row["minutes_per_million"] == pytest.approx(1e6 / 60 / row["steps_per_second"])
+    assert torch.get_num_threads() == 1

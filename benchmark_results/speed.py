@@ -1,0 +1,217 @@
+"""Steps per second of every file on this machine.
+
+    python benchmark_results/speed.py
+    python benchmark_results/speed.py --algorithms td3_bc iql --corl CORL/algorithms/offline
+
+Times the update that the training loop calls, with each file's own sizes and batch, on random
+arrays of HalfCheetah's shape. An algorithm with phases is timed in each, weighed by their share of
+a run. `evaluation` is ten episodes of 1000 steps. The table goes to speed.md and speed.csv beside
+this file, below those of other hardware. --corl also times CORL's file of the same name, in turns
+with ours: on a machine that does something else too, only the ratio means something.
+"""
+
+import contextlib
+import csv
+import io
+import multiprocessing
+import platform
+import resource
+import tempfile
+import time
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import corl
+import h5py
+import numpy as np
+import torch
+import tyro
+from run import ALGORITHMS, FOLDER, load
+
+CORL = {"bc": "any_percent_bc", "td3_bc": "td3_bc", "iql": "iql", "cql": "cql"}
+CORL |= {"decision_transformer": "dt"}
+UNITS = {  # columns of the table
+    "steps_per_second": "steps/s",
+    "minutes_per_million": "minutes per million steps",
+    "peak_megabytes": "peak MB",
+    "evaluation_seconds": "evaluation, s",
+    "corl_steps_per_second": "CORL, steps/s",
+    "ratio": "ratio",
+}
+
+
+@dataclass
+class Args:
+    """Measures steps per second, memory and evaluation time of the files of algorithms/."""
+
+    algorithms: tuple[str, ...] = ()
+    """files without .py; empty: all"""
+    device: str = "auto"
+    """cpu or cuda; auto takes a GPU if there is one"""
+    threads: int = 1
+    """threads of PyTorch on the CPU"""
+    matmul_precision: str = "high"
+    """as in the files"""
+    override: tuple[str, ...] = ()
+    """other flags of the files: batch-size=1024 no-cuda-graph"""
+    seconds: float = 5.0
+    """time spent on each measurement"""
+    repeats: int = 3
+    """measurements of ours and of CORL's, in turns; the fastest counts"""
+    corl: str = ""
+    """folder with CORL's td3_bc.py and the others, to be timed beside ours"""
+    dry_run: bool = False
+    """print the figures, write nothing"""
+
+
+def write_data(path: Path, n: int = 100_000) -> None:
+    """Random transitions in HalfCheetah's shape: 100 episodes of 1000 steps."""
+    rng = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        for key in ("observations", "next_observations"):
+            file[key] = rng.standard_normal((n, 17), np.float32)
+        file["actions"] = rng.uniform(-1, 1, (n, 6)).astype(np.float32)
+        file["rewards"] = rng.standard_normal(n, np.float32)
+        file["terminals"], file["timeouts"] = np.zeros(n, bool), np.arange(1, n + 1) % 1000 == 0
+        file.attrs["env_id"] = "HalfCheetah-v5"
+
+
+def calls_per_second(call, seconds: float, device: torch.device) -> float:
+    """After a warm-up that covers compilation and the capture of a CUDA graph."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    block, calls = 50 if device.type == "cuda" else 1, 0
+    for _ in range(6):
+        call()
+    wait()
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        for _ in range(block):
+            call()
+        wait()
+        calls += block
+    return calls / (time.perf_counter() - began)
+
+
+def ours(args: Args, algorithm: str, data: str) -> dict[str, float]:
+    """One file, measured once; its figures under the names of UNITS."""
+    torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    device, module = torch.device(args.device), load(algorithm)
+    flags = ["--offline"] if algorithm == "sac" else []
+    flags += [word for pair in args.override for word in f"--{pair}".split("=", 1)]
+    options = tyro.cli(module.Args, args=["--dataset", data, *flags])
+    dataset = module.load_dataset(data)
+    learner = module.Learner(dataset.tensors(np.arange(len(dataset.ends)), device), options)
+
+    # Which update the training loop would call how often, and what a step of the run costs.
+    shares, updates = defaultdict(float), {}
+    for step in np.linspace(0, options.steps, 200, endpoint=False).astype(int):
+        update, n = learner.phase(int(step))
+        shares[update.__name__] += 1 / 200
+        updates[update.__name__] = (module.accelerate(update, options, device), n)
+    seconds = args.seconds / len(updates)
+    cost = sum(
+        shares[name] / (n * calls_per_second(update, seconds, device))
+        for name, (update, n) in updates.items()
+    )
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 1e6
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    spec = {"env_id": dataset.env_id, "references": dataset.references, "device": device}
+    began = time.perf_counter()
+    module.evaluate(learner, spec, 10, 0)
+    return {
+        "steps_per_second": 1 / cost,
+        "minutes_per_million": cost * 1e6 / 60,
+        "peak_megabytes": memory,
+        "evaluation_seconds": time.perf_counter() - began,
+    }
+
+
+def theirs(args: Args, algorithm: str, data: str, steps: int) -> float:
+    """Steps per second of CORL's file."""
+    options = corl.Args(Path(args.corl) / f"{CORL[algorithm]}.py", data, steps=steps, speed=True)
+    options.device, options.threads = args.device, args.threads
+    options.matmul_precision = args.matmul_precision
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return corl.main(options)
+
+
+def alone(function, *arguments):
+    """A call in a process of its own, for its peak memory and a clean device."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def hardware(args: Args) -> str:
+    """Name of what was measured on."""
+    if args.device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    threads = "one thread" if args.threads == 1 else f"{args.threads} threads"
+    return f"{names[0] if names else platform.machine()}, {threads}"
+
+
+def write(rows: list[dict]) -> None:
+    """Adds rows to speed.csv, in the place of older ones, and makes speed.md of all of it."""
+    path = FOLDER / "speed.csv"
+    table = {}
+    if path.exists():
+        with open(path) as file:
+            table = {(row["hardware"], row["algorithm"]): row for row in csv.DictReader(file)}
+    table |= {(row["hardware"], row["algorithm"]): row for row in rows}
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, ["hardware", "algorithm", *UNITS], restval="")
+        writer.writeheader()
+        writer.writerows(table.values())
+    lines = ["# Speed", "", "Written by `python benchmark_results/speed.py`; see there."]
+    for place in dict.fromkeys(hardware for hardware, _ in table):
+        lines += ["", f"## {place}", "", f"| file | {' | '.join(UNITS.values())} |"]
+        lines += ["|---|" + "--:|" * len(UNITS)]
+        for (hardware, algorithm), row in sorted(table.items()):
+            if hardware == place:
+                cells = [f"{float(x):.4g}" if (x := row.get(key)) else "" for key in UNITS]
+                lines.append(f"| {algorithm} | {' | '.join(cells)} |")
+    (FOLDER / "speed.md").write_text("\n".join(lines) + "\n")
+
+
+def main(args: Args) -> list[dict]:
+    """Measures, prints and writes; returns the rows."""
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = f"{hardware(args)}, torch {torch.__version__}, {args.matmul_precision} precision"
+    place += f", {' '.join(args.override)}" if args.override else ""
+    print(place)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        data = str(Path(folder) / "halfcheetah-noise.hdf5")
+        write_data(Path(data))
+        for algorithm in args.algorithms or sorted(path.stem for path in ALGORITHMS.glob("*.py")):
+            row = {"hardware": place, "algorithm": algorithm, "steps_per_second": 0.0}
+            corls = []
+            for _ in range(args.repeats):
+                new = alone(ours, args, algorithm, data)
+                if new["steps_per_second"] > row["steps_per_second"]:
+                    row |= new
+                if args.corl and algorithm in CORL:
+                    steps = max(60, int(args.seconds * new["steps_per_second"] / 2))
+                    corls.append(alone(theirs, args, algorithm, data, steps))
+            if corls:
+                row["corl_steps_per_second"] = max(corls)
+                row["ratio"] = row["steps_per_second"] / max(corls)
+            rows.append(row)
+            figures = [f"{UNITS[key]} {row[key]:.4g}" for key in UNITS if key in row]
+            print(f"{algorithm}: {', '.join(figures)}", flush=True)
+    if not args.dry_run:
+        write(rows)
+    return rows
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
