@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
+from matplotlib.ticker import LogLocator, NullFormatter
 
 DOCS = Path(__file__).resolve().parents[1]
 HORIZON = 20
@@ -165,6 +166,9 @@ def main(args: Args) -> None:
         mean = {name: np.mean(values) for name, values in found[kind].items()}
         print(kind, {name: round(float(value), 2) for name, value in mean.items()})
         panel.set(xscale="log", yscale="log", xlabel=label)
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # may span less than a decade
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_title(f"rank correlation {mean['all']:.2f}", fontsize=10)
     panels[0].set_ylabel("true error of the mean prediction")
     panels[0].legend(frameon=False, fontsize=8, markerscale=3, loc="lower right")
