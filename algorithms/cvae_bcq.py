@@ -384,7 +384,8 @@ class CVAE(nn.Module):
 
 
 class TwinCritic(nn.Module):
-    """Q_1 and Q_2 as one batched network: states (B, S), actions (B, A) -> values (2, B, 1)."""
+    """Q_1 and Q_2 as one batched network: states (B, S), actions (B, A) -> values (2, B, 1). With
+    members=1 Q_1 alone, (1, B, 1), at half the cost."""
 
     def __init__(self, state_dim, action_dim, hidden_dim, hidden_layers=2):
         super().__init__()
@@ -395,11 +396,12 @@ class TwinCritic(nn.Module):
             self.weights.append(torch.empty(2, fan_in, fan_out).uniform_(-bound, bound))
             self.biases.append(torch.empty(2, 1, fan_out).uniform_(-bound, bound))
 
-    def forward(self, s, a):
-        x = torch.cat([s, a], dim=-1).expand(2, -1, -1)  # (2, B, S + A)
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
-            x = torch.relu(torch.baddbmm(bias, x, weight))  # (2, B, H)
-        return torch.baddbmm(self.biases[-1], x, self.weights[-1])  # (2, B, 1)
+    def forward(self, s, a, members=2):
+        x = torch.cat([s, a], dim=-1).expand(members, -1, -1)  # (2, B, S + A)
+        weights, biases = ([p[:members] for p in ps] for ps in (self.weights, self.biases))
+        for weight, bias in zip(weights[:-1], biases[:-1]):
+            x = torch.baddbmm(bias, x, weight).relu_()  # (2, B, H)
+        return torch.baddbmm(biases[-1], x, weights[-1])  # (2, B, 1)
 
 
 class Policy(nn.Module):
@@ -441,7 +443,7 @@ class Policy(nn.Module):
         n = len(self.z)
         s = self.normalise(observations).repeat_interleave(n, dim=0)  # (N n, S)
         a = self.perturb(s, self.cvae.decode(s, self.z.repeat(len(observations), 1)))  # (N n, A)
-        best = self.q(s, a)[0].view(-1, n, 1).argmax(1, keepdim=True)  # (N, 1, 1)
+        best = self.q(s, a, members=1).view(-1, n, 1).argmax(1, keepdim=True)  # (N, 1, 1)
         a = a.view(-1, n, a.shape[1]).take_along_dim(best, dim=1)[:, 0]  # (N, A)
         return self.action_low + 0.5 * (a + 1) * (self.action_high - self.action_low)
 
@@ -548,7 +550,7 @@ class BCQ:
             proposed = self.policy.cvae.decode(s, self.policy.sample_latents(len(s)))  # (B, A)
         self.policy.q.requires_grad_(False)  # the gradient passes through Q, it stops at ξ
         a = self.policy.perturb(s, proposed)
-        loss = -self.policy.q(s, a)[0].mean()
+        loss = -self.policy.q(s, a, members=1).mean()
         self.policy.q.requires_grad_(True)
         self.xi_optimizer.zero_grad()
         loss.backward()

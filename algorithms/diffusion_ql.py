@@ -396,7 +396,8 @@ class NoiseNet(nn.Module):
 
 
 class TwinCritic(nn.Module):
-    """Q_1 and Q_2 as one batched network: states (B, S), actions (B, A) -> values (2, B, 1)."""
+    """Q_1 and Q_2 as one batched network: states (B, S), actions (B, A) -> values (2, B, 1). With
+    members=1 Q_1 alone, (1, B, 1), at half the cost."""
 
     def __init__(self, state_dim, action_dim, hidden_dim, hidden_layers=2):
         super().__init__()
@@ -407,11 +408,12 @@ class TwinCritic(nn.Module):
             self.weights.append(torch.empty(2, fan_in, fan_out).uniform_(-bound, bound))
             self.biases.append(torch.empty(2, 1, fan_out).uniform_(-bound, bound))
 
-    def forward(self, s, a):
-        x = torch.cat([s, a], dim=-1).expand(2, -1, -1)  # (2, B, S + A)
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
-            x = torch.relu(torch.baddbmm(bias, x, weight))  # (2, B, H)
-        return torch.baddbmm(self.biases[-1], x, self.weights[-1])  # (2, B, 1)
+    def forward(self, s, a, members=2):
+        x = torch.cat([s, a], dim=-1).expand(members, -1, -1)  # (2, B, S + A)
+        weights, biases = ([p[:members] for p in ps] for ps in (self.weights, self.biases))
+        for weight, bias in zip(weights[:-1], biases[:-1]):
+            x = torch.baddbmm(bias, x, weight).relu_()  # (2, B, H)
+        return torch.baddbmm(biases[-1], x, weights[-1])  # (2, B, 1)
 
 
 class Policy(nn.Module):

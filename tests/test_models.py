@@ -86,6 +86,7 @@ def test_twin_critic_is_two_networks(name, layers):
     assert q.shape == (2, 9, 1) and not torch.allclose(q[0], q[1])
     for i, net in enumerate(split_critic(critic, module)):
         torch.testing.assert_close(q[i], net(torch.cat([s, a], dim=-1)))
+    torch.testing.assert_close(critic(s, a, members=1), q[:1])
 
 
 @pytest.mark.parametrize(
