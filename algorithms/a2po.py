@@ -21,8 +21,8 @@ actions at s, which makes Q - V the advantage of the logged action over the data
 
 Measured: pendulum-random-expert-10 (nine transitions of ten are random), 4,000 steps of small
 networks, five seeds: score 84.8, TD3+BC 16.8, BC 9.1; one minute on one CPU thread. 100,000 steps,
-one seed, half an hour beside other runs: hopper-medium-replay 96.9 (TD3+BC 59.6, BC 14.1),
-hopper-random-medium-expert 99.8 (TD3+BC 92.1, BC 2.6).
+three seeds, half an hour each beside other runs: hopper-medium-replay 85.7 (TD3+BC 76.2, BC 14.5),
+hopper-random-medium-expert 99.6 (TD3+BC 87.0, BC 5.6).
 
 Differs from the paper / official code, whose behaviour is `--tau 0.005 --cvae-dim 750
 --reward-scale 100 --xi-norm none --xi-critic q1 --kl-weight 1 --cvae-min-steps 0`:

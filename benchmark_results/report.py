@@ -167,46 +167,55 @@ def insert(path: Path, name: str, text: str) -> None:
     path.write_text(head + begin + text + end + rest.split(end)[1])
 
 
-def plot(runs: list[Run]) -> None:
+def plot(runs: list[Run], path: Path, unit: str) -> None:
+    """A panel per data set, a curve per algorithm: mean over seeds and its 95 % interval."""
     datasets = sorted({run.dataset for run in runs})
     algorithms = sorted({run.algorithm for run in runs})
+    palette = plt.colormaps["tab20"].colors
+    colors = dict(zip(algorithms, palette[::2] + palette[1::2]))
     columns, rows = min(3, len(datasets)), math.ceil(len(datasets) / 3)
-    size, options = (4.5 * columns, 3.4 * rows), dict(sharey=True, layout="constrained")
+    size, options = (4.5 * columns, 3.4 * rows + 0.4), dict(sharey=True, layout="constrained")
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
     for axis in axes.flat[len(datasets) :]:
         axis.axis("off")
+    curves = {}
     for axis, dataset in zip(axes.flat, datasets):
-        for i, algorithm in enumerate(algorithms):
+        for algorithm in algorithms:
             group = [run for run in runs if (run.algorithm, run.dataset) == (algorithm, dataset)]
-            if group:
-                n = min(len(run.steps) for run in group)
-                scores = np.array([run.scores[:n] for run in group])  # (seeds, evaluations)
-                steps, mean = group[0].steps[:n] / 1000, scores.mean(0)
-                ends = [bounds(list(column)) or (m, m) for column, m in zip(scores.T, mean)]
-                if len(group) >= 3:
-                    axis.fill_between(steps, *zip(*ends), color=f"C{i}", alpha=0.2, lw=0)
-                axis.plot(steps, mean, color=f"C{i}", lw=2, label=algorithm)
-        axis.set(title=dataset, xlabel="gradient steps (thousands)")
+            if not group:
+                continue
+            n = min(len(run.steps) for run in group)
+            scores = np.array([run.scores[:n] for run in group])  # (seeds, evaluations)
+            steps, mean, color = group[0].steps[:n] / 1000, scores.mean(0), colors[algorithm]
+            ends = [bounds(list(column)) or (m, m) for column, m in zip(scores.T, mean)]
+            axis.fill_between(steps, *zip(*ends), color=color, alpha=0.2, lw=0)
+            (curves[algorithm],) = axis.plot(steps, mean, color=color, lw=2)
+        axis.set(title=dataset, xlabel=f"{unit} (thousands)")
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
     for axis in axes[:, 0]:
         axis.set_ylabel("normalised score")
-    figure.savefig(FOLDER / "curves.png", dpi=120)
+    names = sorted(curves)
+    lines = [curves[name] for name in names]
+    figure.legend(lines, names, loc="outside lower center", ncols=min(7, len(names)), frameon=False)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     runs = read_runs()
     if not runs:
         raise SystemExit(f"No runs in {FOLDER / 'runs'}: <algorithm>/<data set>/seed<k>/eval.csv.")
-    text, readme = table(runs), FOLDER.parent / "README.md"
-    compared = [run for run in runs if run.algorithm not in ONLINE]
-    (FOLDER / "results.md").write_text(
-        f"# Results\n\n{text}\n## Together\n\n{aggregate(compared)}\n![curves](curves.png)\n"
-    )
+    readme = FOLDER.parent / "README.md"
+    offline = [run for run in runs if run.algorithm not in ONLINE]
+    online = [run for run in runs if run.algorithm in ONLINE]
+    text = f"# Results\n\n{table(offline)}\n## Together\n\n{aggregate(offline)}\n"
+    text += f"![curves](curves.png)\n\n## Behind the data sets\n\n{table(online)}\n"
+    (FOLDER / "results.md").write_text(text + "![curves of SAC](sac.png)\n")
     write_csv(runs)
-    insert(readme, "results", text)
+    insert(readme, "results", table(offline))
+    insert(readme, "together", aggregate(offline))
     insert(readme, "calibration", calibration_table())
-    plot(runs)
+    plot(offline, FOLDER / "curves.png", "gradient steps")
+    plot([run for run in online if run.algorithm == "sac"], FOLDER / "sac.png", "steps")
     print(text)
 
 
