@@ -28,6 +28,7 @@ TINY_EXTRA = {
     "gan_world_model": dict(model_dim=16, model_layers=2, ensemble=2, discriminator_dim=16)
     | dict(model_steps=10, rollout_every=4, rollout_batch=8, termination="none"),
     "sac": dict(offline=True),
+    "decision_transformer": dict(layers=2, context=4, warmup_steps=10),
 }
 
 

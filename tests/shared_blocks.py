@@ -21,9 +21,24 @@ BLOCKS = {
     "twin critic": (
         "td3_bc.py",
         r"class TwinCritic\(.*?(?=\n\n\n)",
-        ("bc.py", "flow_bc.py", "rebrac.py", "vae_bc.py"),
+        ("bc.py", "decision_transformer.py", "flow_bc.py", "rebrac.py", "vae_bc.py"),
     ),
-    "evaluation": ("bc.py", r"# -+ Evaluation\n.*?(?=\n# -+ Training loop\n)", ()),
+    # A policy with a memory is evaluated and filmed in its own way: decision_transformer.py.
+    "evaluation": (
+        "bc.py",
+        r"# -+ Evaluation\n.*?(?=\n\n\ndef evaluate_checkpoint)",
+        ("decision_transformer.py",),
+    ),
+    "evaluation of a checkpoint": (
+        "bc.py",
+        r"def evaluate_checkpoint\(.*?(?=\n\n\ndef record_video)",
+        (),
+    ),
+    "video": (
+        "bc.py",
+        r"def record_video\(.*?(?=\n\n\n# -+ Training loop\n)",
+        ("decision_transformer.py",),
+    ),
     "training loop": ("bc.py", r"def train\(.*?(?=\n\n\ndef accelerate)", ("sac.py",)),
     "training helpers": ("bc.py", r"def accelerate\(.*\Z", ()),
 }

@@ -1,0 +1,925 @@
+"""Decision Transformer (DT), "Decision Transformer: Reinforcement Learning via Sequence Modeling"
+Lili Chen, Kevin Lu, Aravind Rajeswaran, Kimin Lee, Aditya Grover, Michael Laskin, Pieter Abbeel,
+Aravind Srinivas, Igor Mordatch. NeurIPS 2021, arXiv:2106.01345.
+
+No value function: a causal transformer continues episodes. Each step of the data is preceded by its
+return-to-go R, the sum of the rewards that were still to come. To act, write down the return that
+is wanted; the transformer continues with actions that went with such returns in the data. What an
+action then earns is taken off R before the next step.
+
+    returns-to-go   R_t = r_t + r_{t+1} + ... + r_T                            not discounted
+    policy          a_t = π(R_1, s_1, a_1, ..., R_{t-1}, s_{t-1}, a_{t-1}, R_t, s_t)
+    loss            L(π) = |a_t - π(...)|² / A          averaged over the steps of K-step windows
+    acting          R_1 = the return asked for, then R_{t+1} = R_t - r_t; π sees the last K steps
+
+Every step is three tokens, and all three carry the step's number in the episode as an embedding.
+
+    python algorithms/decision_transformer.py --dataset hopper-medium-replay
+    python algorithms/decision_transformer.py --dataset hopper-medium-replay --steps 3000 \
+        --hidden-dim 64 --layers 2 --context 10 --learning-rate 1e-3 --warmup-steps 100 \
+        --eval-every 1000 --target-returns 3600 1000 300
+
+Measured: pendulum-random-medium-expert, 1,500 steps of small networks, five seeds: asked for -150
+it returns -433, asked for -1200 about -1200; with returns-to-go shuffled in training the two are the
+same. Under half a minute on one CPU thread. Scores after 100,000 steps were not measured.
+
+Differs from the paper / official code:
+- Windows are padded behind the episode's end, not before its start: there causality alone hides
+  the padding, and no mask is needed. Tokens know their step's number, not their place in the
+  window, so that the predictions are the same.
+- The last block is computed where an action is read, at the states' tokens, and nowhere else.
+- Returns-to-go are divided by their deviation in the data (--return-scale 1000 is the paper's).
+- Weights begin as PyTorch's layers do, the timestep's embedding with deviation 0.02; officially
+  N(0, 0.02²) inside the transformer and N(0, 1) for the timestep.
+- CORL has GELU instead of ReLU, averages the loss over the padding too, and its published scores
+  come from batches of 4096 sequences and a step size of 8e-4. Defaults here are the paper's, which
+  a CPU can train: 6.4 million sequences, not 410 million.
+- `--arch gru` and `--arch mlp` are ours, to see what attention adds. The MLP has no past at all:
+  it sees the tokens of R_t and s_t.
+"""
+
+import csv
+import functools
+import http.client
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------- Args
+
+
+@dataclass
+class Args:
+    """Decision Transformer: a causal transformer answers a wanted return with actions."""
+
+    arch: Literal["gpt", "gru", "mlp"] = "gpt"
+    """what turns the tokens into actions: attention, a recurrent network, or one without a past"""
+    context: int = 20
+    """K, steps that the policy sees, three tokens each"""
+    layers: int = 3
+    """blocks of the transformer, layers of the recurrent network, hidden layers of the MLP"""
+    heads: int = 1
+    """attention heads, must divide --hidden-dim"""
+    dropout: float = 0.1
+    """share of zeroed tokens' entries, attention weights and block outputs; none when acting"""
+    target_returns: tuple[float, ...] = ()
+    """returns to ask for in evaluations, the first is the result; empty: the paper's for Hopper,
+    HalfCheetah and Walker2d, for others the best episode's and half-way there from the mean"""
+    return_scale: float = 0.0
+    """divides the returns-to-go, 1000 in the paper; 0: their standard deviation in the data"""
+    max_episode_length: int = 1000
+    """steps with an embedding of their own; later ones share the last one's"""
+    weight_decay: float = 1e-4
+    """AdamW's, of all parameters"""
+    warmup_steps: int = 10_000
+    """gradient steps over which the step size rises from 0"""
+    max_grad_norm: float = 0.25
+    """bound of the gradient's norm"""
+    steps: int = 100_000
+    """gradient steps"""
+    batch_size: int = 64
+    """sequences of K steps per gradient step"""
+    hidden_dim: int = 128
+    """size of a token"""
+    learning_rate: float = 1e-4
+    """AdamW's step size after the warm-up"""
+
+    # The run: the same flags in every file.
+    dataset: str = "hopper-medium-replay"
+    """a name (ours), a name with -v2 (D4RL's), a Minari id, or a path to .hdf5, .npz or Minari"""
+    env_id: str = ""
+    """evaluation environment, also module:Id; empty: the dataset's; none: validation losses only"""
+    seed: int = 0
+    """seed of the networks, the batches and the evaluation"""
+    eval_every: int = 5000
+    """gradient steps between evaluations; the last step is always evaluated"""
+    eval_episodes: int = 10
+    """episodes per evaluation, all stepped together"""
+    validation_fraction: float = 0.05
+    """share of the episodes kept out of training, for the validation losses"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps; auto takes a GPU if there is one"""
+    matmul_precision: Literal["highest", "high", "medium"] = "high"
+    """float32 products: high is TF32 on CUDA, medium is bfloat16 also on CPUs that have AMX"""
+    compile: bool = False
+    """fuse the update's kernels with torch.compile"""
+    cuda_graph: bool = True
+    """on CUDA: capture the whole update in a graph; same numbers, far fewer launches"""
+    run_dir: str = ""
+    """where everything is written; empty: runs/<algorithm>/<dataset>/seed<seed>"""
+    resume: bool = False
+    """continue from the checkpoint in the run directory"""
+    save_every: int = 50_000
+    """gradient steps between checkpoints; the last step and Ctrl-C save too"""
+    evaluate: str = ""
+    """path of a checkpoint: evaluate it, no training"""
+    capture_video: bool = False
+    """record one evaluation episode as MP4 at the end"""
+
+
+# ------------------------------------------------------------------------------------- Dataset
+
+D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
+REFERENCES = {  # D4RL's returns of a random and of an expert policy: scores 0 and 100
+    "HalfCheetah": (-280.178953, 12135.0),
+    "Hopper": (-20.272305, 3234.3),
+    "Walker2d": (1.629008, 4592.3),
+    "Ant": (-325.6, 3879.7),
+}
+
+
+@dataclass
+class Dataset:
+    """N transitions, episode after episode. To bring arrays of your own, fill one of these."""
+
+    name: str
+    source: str
+    env_id: str  # where to evaluate; "none": nowhere
+    observations: np.ndarray  # (N, S) float32
+    actions: np.ndarray  # (N, A) float32, scaled to [-1, 1] from the bounds below
+    rewards: np.ndarray  # (N, 1) float32
+    next_observations: np.ndarray  # (N, S) float32, the successor, also at an episode's end
+    terminals: np.ndarray  # (N, 1) float32: 1 where the task ended, so that nothing follows
+    ends: np.ndarray  # (N,) bool: last step of an episode, by a terminal or by a time limit
+    action_low: np.ndarray  # (A,) float32
+    action_high: np.ndarray  # (A,) float32
+    references: tuple[float, float]  # returns that score 0 and 100; NaN where there are none
+
+    def __post_init__(self):
+        self.episodes = np.cumsum(self.ends) - self.ends  # (N,) the number of each row's episode
+        self.returns = np.bincount(self.episodes, weights=self.rewards[:, 0])  # (E,)
+
+    def tensors(self, rows: np.ndarray, device: torch.device) -> dict[str, torch.Tensor]:
+        """What a learner is given: the chosen rows of every array, and the bounds, (1, A) each."""
+        names = ("observations", "actions", "rewards", "next_observations", "terminals", "episodes")
+        arrays = {name: getattr(self, name)[rows] for name in names}
+        arrays |= {"action_low": self.action_low[None], "action_high": self.action_high[None]}
+        return {name: torch.as_tensor(array, device=device) for name, array in arrays.items()}
+
+
+def load_dataset(name: str, env_id: str = "") -> Dataset:
+    """Finds, downloads, reads and checks a data set; raises SystemExit with one clear sentence."""
+
+    def refuse(what):
+        raise SystemExit(f"Data set '{name}': {what}")
+
+    # Where it is: a path, a file of ours, one of D4RL's, one of Minari's.
+    places = [Path(__file__).resolve().parents[1] / "datasets", Path("datasets")]
+    paths = [path for path in (Path(name), *(p / f"{name}.hdf5" for p in places)) if path.exists()]
+    d4rl = re.fullmatch("(halfcheetah|hopper|walker2d|ant)-([a-z-]+)-v2", name)
+    if paths:
+        raw, meta = (read_minari if paths[0].is_dir() else read_flat)(paths[0])
+        source = str(paths[0])
+    elif d4rl:
+        raw, meta = read_flat(download(f"{d4rl[1]}_{d4rl[2].replace('-', '_')}-v2.hdf5"))
+        task = next(key for key in REFERENCES if key.lower() == d4rl[1])
+        meta["env_id"], source = f"{task}-v4", "D4RL"  # -v4 has the dynamics of D4RL's -v2
+    elif re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", name):
+        (raw, meta), source = read_minari(name), "Minari"
+    else:
+        known = sorted({file.stem for place in places for file in place.glob("*.hdf5")})
+        refuse(
+            f"no such file or name. At hand: {', '.join(known) or 'none'}. `python datasets/make.py"
+            f" --list` shows those it can make; hopper-medium-v2 is D4RL's, ids like"
+            f" mujoco/hopper/expert-v0 are Minari's."
+        )
+
+    # What the file says of its environment; the environment itself knows better.
+    env_id = env_id or meta.get("env_id", "none")
+    low, high, limit = meta.get("action_low", -1.0), meta.get("action_high", 1.0), None
+    if env_id != "none":
+        env = make_env(env_id)
+        low, high, limit = env.action_space.low, env.action_space.high, env.spec.max_episode_steps
+        dims = env.observation_space.shape, env.action_space.shape
+        env.close()
+    reference = REFERENCES.get(env_id.split("-v")[0], (math.nan, math.nan))
+    reference = meta.get("ref_min_score", reference[0]), meta.get("ref_max_score", reference[1])
+
+    # Whether it can be learnt from.
+    missing = {"observations", "actions", "rewards", "terminals"} - raw.keys()
+    if missing:
+        refuse(f"it lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(raw)) or 'none'}.")
+    n = len(raw["observations"])
+    if n == 0:
+        refuse("it is empty.")
+    if np.issubdtype(raw["actions"].dtype, np.integer):
+        refuse("its actions are discrete (integers), this algorithm needs continuous ones.")
+    raw.setdefault("timeouts", np.zeros(n))
+    last = (raw["terminals"] > 0) | (raw["timeouts"] > 0)
+    rows = {key: n for key in ("observations", "actions", "rewards", "terminals", "timeouts")}
+    rows |= {"next_observations": n} if "next_observations" in raw else {}
+    rows |= {"final_observations": last.sum()} if "final_observations" in raw else {}
+    for key, number in rows.items():
+        if len(raw[key]) != number:
+            refuse(f"'{key}' has {len(raw[key])} rows, 'observations' has {n} ({number} due).")
+        raw[key] = raw[key].reshape(number, -1).astype(np.float32)
+        if "observations" in key and raw[key].shape[1:] != raw["observations"].shape[1:]:
+            refuse(f"'{key}' has rows of another size than 'observations'.")
+        bad = ~np.isfinite(raw[key]).all(axis=1)
+        if bad.any():
+            refuse(f"'{key}' is NaN or infinite, first at index {bad.argmax()}.")
+    s, a, terminals = raw["observations"], raw["actions"], raw["terminals"][:, 0] > 0
+    if env_id != "none" and (s.shape[1:], a.shape[1:]) != dims:
+        shapes = f"states {s.shape[1:]} and actions {a.shape[1:]}, {env_id} has {dims}"
+        refuse(f"it has {shapes}; name its environment with --env-id.")
+    low, high = (np.broadcast_to(np.float32(x), a.shape[1:]).copy() for x in (low, high))
+    if not np.isfinite(high - low).all():
+        refuse(f"the actions of {env_id} are bounded by {low} and {high}; they must be finite.")
+    outside = ((a < low - 1e-4) | (a > high + 1e-4)).any(axis=1)
+    if outside.any():
+        i = outside.argmax()
+        refuse(f"action {a[i]} at index {i} is outside the bounds {low} to {high}.")
+
+    if "final_observations" in raw:  # our files hold a successor once: in the next row, or here
+        if not last.reshape(n)[-1]:
+            refuse("its last row is no episode's end, so 'final_observations' cannot be placed.")
+        raw["next_observations"] = np.append(s[1:], s[-1:], axis=0)
+        raw["next_observations"][last.reshape(n)] = raw["final_observations"]
+
+    # Where its episodes end. A terminal is the task's end, a timeout only the recording's: what
+    # masks the bootstrap is the terminal alone, and nothing reaches across either.
+    ends = terminals | (raw["timeouts"][:, 0] > 0)
+    ends |= breaks(s, raw.get("next_observations"), terminals)
+    starts = np.maximum.accumulate(np.where(np.append(True, ends[:-1]), np.arange(n), 0))
+    ends |= (np.arange(n) - starts + 1) % (limit or n + 1) == 0
+    keep = np.ones(n, bool)
+    if "next_observations" not in raw:  # it is the next row; a timeout has none here, so drop it
+        raw["next_observations"] = np.append(s[1:], s[-1:], axis=0)
+        keep = terminals | ~ends
+        if not keep.any():
+            refuse("none of its rows has a successor.")
+        ends[:-1] |= ~keep[1:]
+    return Dataset(
+        name=Path(name).stem if Path(name).suffix else name.rstrip("/"),
+        source=source,
+        env_id=env_id,
+        observations=s[keep],
+        actions=(2 * (a[keep] - low) / (high - low) - 1).clip(-1, 1),
+        rewards=raw["rewards"][keep],
+        next_observations=raw["next_observations"][keep],
+        terminals=np.float32(terminals[keep, None]),
+        ends=ends[keep],
+        action_low=low,
+        action_high=high,
+        references=(float(reference[0]), float(reference[1])),
+    )
+
+
+def breaks(s, s_next, terminals):
+    """Rows (N,) that the next row does not follow, whatever the file says: D4RL's medium-replay
+    files leave out some timeouts."""
+    if s_next is not None:
+        return np.append(np.any(s_next[:-1] != s[1:], axis=1), True)
+    # Without successors: the row before one that looks like those that episodes begin with.
+    first = s[np.append(True, terminals[:-1])]
+    spread = np.abs(first - first.mean(0)).max(0)
+    alike = (np.abs(s - first.mean(0)) <= 1.5 * spread).all(1) & (len(first) >= 20)
+    return np.append(alike[1:] & ~alike[:-1], True)
+
+
+def read_flat(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """Arrays and attributes of an .hdf5 or .npz file in D4RL's flat layout."""
+    try:
+        if path.suffix == ".npz":
+            with np.load(path) as file:
+                return dict(file), {}
+        with h5py.File(path) as file:
+            arrays = {key: item[()] for key, item in file.items() if isinstance(item, h5py.Dataset)}
+            return arrays, dict(file.attrs)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise SystemExit(f"{path} cannot be read as .hdf5 or .npz: {error}") from None
+
+
+def read_minari(name: str | Path) -> tuple[dict[str, np.ndarray], dict]:
+    """Arrays and attributes of a Minari data set, by folder or by id (downloaded if need be)."""
+    try:
+        if isinstance(name, Path):
+            data = minari.MinariDataset(name / "data" if (name / "data").is_dir() else name)
+        else:
+            data = minari.load_dataset(name, download=True)
+        episodes = list(data.iterate_episodes())
+        columns = {
+            "observations": [episode.observations[:-1] for episode in episodes],
+            "next_observations": [episode.observations[1:] for episode in episodes],
+            "actions": [episode.actions for episode in episodes],
+            "rewards": [episode.rewards for episode in episodes],
+            "terminals": [episode.terminations for episode in episodes],
+            "timeouts": [episode.truncations for episode in episodes],
+        }
+        env_id = {"env_id": data.spec.env_spec.id} if data.spec.env_spec else {}
+        return {k: np.concatenate(v) for k, v in columns.items()}, data.storage.metadata | env_id
+    except Exception as error:  # no network, no such id, observations that are no flat array ...
+        raise SystemExit(f"Minari cannot load '{name}': {error!r}") from None
+
+
+def download(file_name: str) -> Path:
+    """Path of a D4RL file in the d4rl package's cache folder (D4RL_DATASET_DIR moves it), fetched
+    once from D4RL's server (D4RL_MIRROR names another) and begun anew after a broken transfer."""
+    folder = Path(os.environ.get("D4RL_DATASET_DIR", Path.home() / ".d4rl" / "datasets"))
+    path, part = folder / file_name, folder / f"{file_name}.part"
+    url = os.environ.get("D4RL_MIRROR", D4RL_URL).rstrip("/") + "/" + file_name
+    folder.mkdir(parents=True, exist_ok=True)
+    problem = None
+    for _ in range(0 if path.exists() else 3):
+        try:
+            torch.hub.download_url_to_file(url, str(part))  # shows a progress bar
+            h5py.File(part).close()  # raises OSError if the file is cut or is something else
+            return part.rename(path)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            problem = error
+    if problem is not None:
+        hint = f"name a mirror in D4RL_MIRROR, or put the file into {folder} by hand"
+        raise SystemExit(f"No D4RL data from {url}: {problem}. Try again later, {hint}.")
+    return path
+
+
+def make_env(env_id: str, **options) -> gym.Env:
+    """`gym.make`, with one clear sentence for what can go wrong."""
+    try:
+        env = gym.make(env_id, **options)
+    except (gym.error.Error, ImportError) as error:
+        raise SystemExit(f"Environment '{env_id}' (--env-id) cannot be made: {error}") from None
+    if not all(isinstance(x, gym.spaces.Box) for x in (env.action_space, env.observation_space)):
+        raise SystemExit(f"Environment '{env_id}' (--env-id): not all spaces are Box (continuous).")
+    return env
+
+
+# ------------------------------------------------------------------------------------ Networks
+
+
+def mlp(in_dim: int, hidden_dim: int, out_dim: int, hidden_layers: int = 2) -> nn.Sequential:
+    sizes = [in_dim] + [hidden_dim] * hidden_layers
+    layers = [(nn.Linear(i, o), nn.ReLU()) for i, o in zip(sizes[:-1], sizes[1:])]
+    return nn.Sequential(*sum(layers, ()), nn.Linear(hidden_dim, out_dim))
+
+
+class Block(nn.Module):
+    """A transformer's block: each token looks at its past, then at itself; x grows by both."""
+
+    def __init__(self, dim, heads, dropout):
+        super().__init__()
+        self.heads, self.dropout = heads, nn.Dropout(dropout)
+        self.norm_1, self.norm_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.query, self.key_value = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+        self.project = nn.Linear(dim, dim)
+        self.net = mlp(dim, 4 * dim, dim, hidden_layers=1)
+
+    def forward(self, x, mask, keep):
+        """x: (B, T, D) -> (B, T', D), the tokens `keep` alone; mask: (T, T), who sees whom."""
+        h = self.norm_1(x)
+        queries, keys_values = self.query(h[:, keep]), self.key_value(h)
+        q, k, v = (
+            y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, T, D / heads)
+            for y in (queries, *keys_values.chunk(2, dim=-1))
+        )
+        p = self.dropout.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[keep], dropout_p=p)
+        x = x[:, keep] + self.dropout(self.project(y.transpose(1, 2).flatten(2)))
+        return x + self.dropout(self.net(self.norm_2(x)))
+
+
+class GPT(nn.Module):
+    """Blocks of causal attention. The order of the tokens is in their timestep embedding."""
+
+    def __init__(self, dim, layers, heads, dropout, tokens):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()  # a token sees those before it
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, x, keep):
+        mask = self.mask[: x.shape[1], : x.shape[1]]
+        for block in self.blocks[:-1]:
+            x = block(x, mask, slice(None))
+        return self.norm(self.blocks[-1](x, mask, keep))  # what nobody reads is not computed
+
+
+class Policy(nn.Module):
+    """a_t given R_1, s_1, a_1, ..., R_t, s_t: what to do now so as to collect R_t."""
+
+    def __init__(self, data, args):
+        super().__init__()
+        # Normalisation belongs to the policy, so that whoever has the policy has it too.
+        self.register_buffer("state_mean", data["observations"].mean(0))
+        self.register_buffer("state_std", data["observations"].std(0, correction=0) + 1e-3)
+        self.register_buffer("action_low", data["action_low"])
+        self.register_buffer("action_high", data["action_high"])
+        deviation = data["returns_to_go"].std(correction=0)
+        scale = torch.where(deviation > 0, deviation, 1.0)
+        self.register_buffer("return_scale", torch.full_like(scale, args.return_scale or scale))
+        self.register_buffer("targets", default_targets(data, args))
+        state_dim, action_dim = len(self.state_mean), self.action_low.shape[1]
+
+        self.context, self.sizes, dim = args.context, (1, 1, state_dim, action_dim), args.hidden_dim
+        self.embed_return = nn.Linear(1, dim)
+        self.embed_state = nn.Linear(state_dim, dim)
+        self.embed_action = nn.Linear(action_dim, dim)
+        self.embed_time = nn.Embedding(args.max_episode_length, dim)
+        nn.init.normal_(self.embed_time.weight, std=0.02)
+        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(args.dropout)
+        if args.arch == "gpt":
+            self.net = GPT(dim, args.layers, args.heads, args.dropout, 3 * args.context)
+        elif args.arch == "gru":
+            self.net = nn.GRU(dim, dim, args.layers, batch_first=True)
+        else:
+            self.net = mlp(2 * dim, 4 * dim, dim, args.layers)
+        self.arch, self.head = args.arch, nn.Linear(dim, action_dim)
+
+    def normalise(self, observations):
+        return (observations - self.state_mean) / self.state_std
+
+    def forward(self, t, R, s, a, last=False):
+        """Steps t (B, T), returns-to-go R (B, T, 1), states s (B, T, S) and actions a (B, T, A) ->
+        the action at each step (B, T, A), or at the last one alone (B, 1, A)."""
+        tokens = [self.embed_return(R), self.embed_state(s), self.embed_action(a)]
+        time = self.embed_time(t.clamp(max=self.embed_time.num_embeddings - 1))  # (B, T, D)
+        x = torch.stack(tokens, dim=2) + time[:, :, None]  # (B, T, 3, D)
+        x = self.dropout(self.norm(x))
+
+        # The action is read where the state stood: by then R and s are known, a is not.
+        keep = slice(-2, -1) if last else slice(1, None, 3)
+        if self.arch == "gpt":
+            h = self.net(x.flatten(1, 2), keep)  # R_1 s_1 a_1 R_2 s_2 a_2 ..., (B, 3 T, D)
+        elif self.arch == "gru":
+            h = self.net(x.flatten(1, 2))[0][:, keep]
+        else:
+            h = self.net(x[:, -1:, :2].flatten(2) if last else x[:, :, :2].flatten(2))
+        return torch.tanh(self.head(h))
+
+    @torch.no_grad()
+    def act(
+        self,
+        observations: torch.Tensor,
+        rewards: torch.Tensor | None = None,
+        memory: torch.Tensor | None = None,
+        target: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a user calls at every step: raw observations (N, S) -> actions (N, A) in the
+        environment's bounds, and a memory. At the next step hand it in, with the rewards (N,) that
+        these actions brought. At the first there is neither; `target` is the return asked for."""
+        s = self.normalise(observations)
+        if memory is None:
+            t = torch.zeros_like(s[:, :1])
+            R = t + (self.targets[0] if target is None else target) / self.return_scale
+            memory = s.new_empty(len(s), 0, sum(self.sizes))
+        else:
+            t, R = memory[:, -1, :2].split(1, dim=1)
+            t, R = t + 1, R - rewards[:, None] / self.return_scale
+        a = s.new_zeros(len(s), self.sizes[-1])  # not known yet, and nothing looks at it
+        now = torch.cat([t, R, s, a], dim=-1)
+        memory = torch.cat([memory, now[:, None]], dim=1)[:, -self.context :]  # (N, T, 2 + S + A)
+        t, R, s, a = memory.split(self.sizes, dim=-1)
+        a[:, -1:] = self(t[..., 0].long(), R, s, a, last=True)
+        a = a[:, -1]
+        return self.action_low + 0.5 * (a + 1) * (self.action_high - self.action_low), memory
+
+
+# What the paper asks for, by the beginning of a task's name.
+TARGETS = {
+    "hopper": (3600.0, 1800.0),
+    "halfcheetah": (12000.0, 6000.0),
+    "walker2d": (5000.0, 2500.0),
+}
+
+
+def default_targets(data, args) -> torch.Tensor:
+    """Returns to ask for: the user's, the paper's, or from the data the best and one half-way."""
+    name = args.env_id or args.dataset
+    name = Path(name).stem if Path(name).suffix in (".hdf5", ".npz") else name
+    known = next((value for key, value in TARGETS.items() if key in name.lower()), ())
+    returns = data["returns_to_go"][data["timesteps"] == 0]  # (E, 1)
+    best, mean = returns.max(), returns.mean()
+    found = torch.stack([best, 0.5 * (best + mean)])
+    return torch.as_tensor(args.target_returns or known or found, device=found.device)
+
+
+# ----------------------------------------------------------------------------------- Algorithm
+
+
+def along_episodes(data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of every row: its step in its episode (N,), the first row after its episode (N,), and the
+    sum of the rewards from it to the episode's end (N, 1)."""
+    _, episode, lengths = data["episodes"].unique_consecutive(
+        return_inverse=True, return_counts=True
+    )
+    ends = lengths.cumsum(0)[episode]
+    timesteps = torch.arange(len(ends), device=ends.device) - ends + lengths[episode]
+    total = data["rewards"].cpu().double().cumsum(0)  # differences of large sums: in doubles
+    to_go = total[ends.cpu() - 1] - total + data["rewards"].cpu()
+    to_go = to_go.to(ends.device, torch.float32)
+    return {"timesteps": timesteps, "ends": ends, "returns_to_go": to_go}
+
+
+class DecisionTransformer:
+    """The learner. All it needs lives on the data's device, so one update is one CUDA graph."""
+
+    def __init__(self, data: dict[str, torch.Tensor], args: Args):
+        for flag in ("context", "layers", "heads", "max_episode_length"):
+            if getattr(args, flag) < 1:
+                raise SystemExit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least 1.")
+        if args.hidden_dim % args.heads:
+            raise SystemExit(f"--heads {args.heads}: must divide --hidden-dim {args.hidden_dim}.")
+        if not 0 <= args.dropout < 1:
+            raise SystemExit(f"--dropout {args.dropout}: a share, at least 0 and below 1.")
+        if args.return_scale < 0:
+            raise SystemExit(f"--return-scale {args.return_scale}: above 0, or 0 for the data's.")
+        self.args, device = args, data["rewards"].device
+        data = {**data, **along_episodes(data)}
+        self.policy = Policy(data, args).to(device).eval()
+        self.data = self.normalised(data)
+        self.t = torch.zeros((), device=device)  # gradient steps, for the warm-up
+        self.optimizer = torch.optim.AdamW(
+            self.policy.parameters(),
+            lr=torch.tensor(args.learning_rate, device=device),
+            weight_decay=args.weight_decay,
+            fused=True,
+            capturable=device.type == "cuda",
+        )
+
+    def normalised(self, data):
+        """What the network sees."""
+        s, R = self.policy.normalise(data["observations"]), data["returns_to_go"]
+        return {**data, "observations": s, "returns_to_go": R / self.policy.return_scale}
+
+    def phase(self, step: int):
+        """The update to use at this step, and how many gradient steps one call of it takes."""
+        return self.update, 1
+
+    def update(self) -> dict[str, torch.Tensor]:
+        """One gradient step. Returns detached tensors, never synchronises."""
+        # A start drawn among all rows: an episode's chance is proportional to its length.
+        n, device = len(self.data["rewards"]), self.data["rewards"].device
+        i = torch.randint(n, (self.args.batch_size,), device=device)
+        t, R, s, a, real = self.windows(self.data, i)
+
+        self.policy.train()  # with dropout
+        loss = self.loss(t, R, s, a, real)
+        self.policy.eval()
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.args.max_grad_norm)
+
+        # The step size is a tensor: a graph would keep a number as it was when captured.
+        self.t += 1
+        rate = self.optimizer.param_groups[0]["lr"]
+        rate.copy_(self.args.learning_rate * (self.t / self.args.warmup_steps).clamp(max=1))
+        self.optimizer.step()
+        metrics = {"losses/mse": loss.detach(), "gradients/norm": norm.detach()}
+        return metrics | {"charts/learning_rate": rate.clone()}
+
+    def windows(self, data, start):
+        """The K steps from the rows `start` (B,) on: t (B, K), R (B, K, 1), s (B, K, S),
+        a (B, K, A), and real (B, K), which is False after the episode's end. There stands the next
+        episode: no real step sees it, because it comes later, and the loss omits it."""
+        rows = start[:, None] + torch.arange(self.args.context, device=start.device)
+        real = rows < data["ends"][start, None]
+        rows = rows.clamp(max=len(data["rewards"]) - 1)
+        keys = ("timesteps", "returns_to_go", "observations", "actions")
+        return *(data[key][rows] for key in keys), real
+
+    def loss(self, t, R, s, a, real):
+        # Squared error of the actions, averaged over the real steps.
+        error = (self.policy(t, R, s, a) - a).square().mean(-1)  # (B, K)
+        return (error * real).sum() / real.sum()
+
+    def actors(self) -> dict:
+        """Policies to evaluate, by suffix of their columns; the first one is the result."""
+        first, *others = self.policy.targets.tolist()
+        act = functools.partial
+        return {"": act(self.policy.act, target=first)} | {
+            f"_target_{x:g}": act(self.policy.act, target=x) for x in others
+        }
+
+    @torch.no_grad()
+    def validate(self, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Loss on held-out episodes, and what it would be with other ones' returns-to-go: no
+        worse where the policy ignores them. (The last episode may be cut, and lack its rest.)"""
+        data = self.normalised({**data, **along_episodes(data)})
+        start = (data["timesteps"] % self.args.context == 0).nonzero()[:, 0]  # every row once
+        t, R, s, a, real = self.windows(data, start)
+        wrong = R.flip(0)
+        return {
+            "validation/mse": self.loss(t, R, s, a, real),
+            "validation/mse_wrong_returns": self.loss(t, wrong, s, a, real),
+        }
+
+
+Learner = DecisionTransformer  # the name by which the training loop knows it
+
+# ---------------------------------------------------------------------------------- Evaluation
+
+
+def evaluate(learner, spec: dict, episodes: int, seed: int) -> dict[str, float]:
+    """Return, length and score over `episodes` episodes, all stepped together. The first of the
+    learner's policies is the result; the others' return and score get a suffix. What a policy
+    remembers is a tensor with one row per episode, so that an episode that ended is left out."""
+    low, high = spec["references"]
+    row = {}
+    for suffix, act in learner.actors().items():
+        envs = gym.make_vec(spec["env_id"], num_envs=episodes, vectorization_mode="sync")
+        observations, _ = envs.reset(seed=seed)
+        returns, lengths, rewards = np.zeros((3, episodes))
+        actions = np.zeros(envs.action_space.shape, np.float32)
+        running, memory = np.arange(episodes), None  # ended by a terminal or a time limit: out
+        while len(running):
+            s, r = (
+                torch.as_tensor(x[running], dtype=torch.float32, device=spec["device"])
+                for x in (observations, rewards)
+            )
+            a, memory = act(s, r, memory)
+            actions[running] = a.cpu().numpy()
+            observations, rewards, terminated, truncated, _ = envs.step(actions)
+            returns[running] += rewards[running]
+            lengths[running] += 1
+            goes_on = ~(terminated | truncated)[running]
+            running, memory = running[goes_on], memory[torch.as_tensor(goes_on, device=s.device)]
+        envs.close()
+        row[f"return_mean{suffix}"] = float(returns.mean())
+        if not suffix:
+            row |= {"return_std": float(returns.std()), "length_mean": float(lengths.mean())}
+        row[f"score{suffix}"] = float(100 * (returns.mean() - low) / (high - low))
+    return row
+
+
+def evaluate_checkpoint(args: Args, device: torch.device) -> dict[str, float]:
+    """--evaluate: a policy from its checkpoint alone, without its data set."""
+    if not Path(args.evaluate).is_file():
+        raise SystemExit(f"--evaluate {args.evaluate}: no such checkpoint.")
+    saved = torch.load(args.evaluate, map_location=device, weights_only=True)
+    spec = saved["spec"] | {"device": device}
+    spec["env_id"] = args.env_id or spec["env_id"]
+    if spec["env_id"] == "none":
+        raise SystemExit(f"--evaluate {args.evaluate}: it has no environment, name one: --env-id.")
+    blank = {key: torch.zeros(shape, device=device) for key, shape in spec["shapes"].items()}
+    learner = Learner(blank, Args(**saved["args"]))
+    restore(learner, saved["learner"])
+    torch.manual_seed(0)  # as in training, for a policy that samples
+    row = {"step": saved["step"]} | evaluate(learner, spec, args.eval_episodes, args.seed)
+    print(f"{args.evaluate} on {args.eval_episodes} episodes of {spec['env_id']}: {describe(row)}")
+    if args.capture_video:
+        record_video(learner.policy.act, spec, Path(args.evaluate).parent)
+    return row
+
+
+def record_video(act, spec: dict, folder: Path) -> None:
+    """One episode as MP4. Where no display driver or no encoder is, it says so and goes on."""
+    try:
+        env = make_env(spec["env_id"], render_mode="rgb_array")
+        env = gym.wrappers.RecordVideo(env, str(folder / "video"), disable_logger=True)
+        observation, _ = env.reset(seed=0)
+        reward, memory, done = 0.0, None, False
+        while not done:
+            s = torch.as_tensor(observation[None], dtype=torch.float32, device=spec["device"])
+            a, memory = act(s, s.new_tensor([reward]), memory)
+            observation, reward, terminated, truncated, _ = env.step(a[0].cpu().numpy())
+            done = terminated or truncated
+        env.close()
+    except Exception as error:
+        print(f"No video: {error} (MuJoCo without a screen needs MUJOCO_GL=egl or osmesa)")
+
+
+# ------------------------------------------------------------------------------- Training loop
+
+
+def train(args: Args) -> list[dict[str, float]]:
+    """Trains, or with --evaluate only evaluates. Returns the evaluations, oldest first."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if args.device == "auto" else args.device)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    if args.evaluate:
+        return [evaluate_checkpoint(args, device)]
+
+    # The run directory: never overwritten, continued only on demand.
+    name = Path(__file__).stem
+    is_file = Path(args.dataset).suffix in (".hdf5", ".npz")
+    task = Path(args.dataset).stem if is_file else args.dataset.strip("/").replace("/", "-")
+    run_dir = Path(args.run_dir or f"runs/{name}/{task}/seed{args.seed}")
+    checkpoint = run_dir / "checkpoint.pt"
+    begun = (run_dir / "config.json").exists()
+    if begun and not args.resume:
+        raise SystemExit(f"{run_dir} holds a run: --resume continues it, --run-dir goes elsewhere.")
+    if args.resume and not begun:
+        raise SystemExit(f"--resume: no checkpoint in {run_dir}; start without --resume.")
+
+    # The data: whole episodes to train on, some others for the validation losses.
+    dataset = load_dataset(args.dataset, args.env_id)
+    episodes = len(dataset.returns)
+    held_out = min(episodes - 1, math.ceil(args.validation_fraction * episodes))
+    chosen = np.random.default_rng(args.seed).permutation(episodes)[:held_out]
+    held_out_rows = np.isin(dataset.episodes, chosen)
+    data = dataset.tensors(~held_out_rows, device)
+    validation = dataset.tensors(np.flatnonzero(held_out_rows)[:10_000], device)
+    spec = {"name": dataset.name, "env_id": dataset.env_id, "references": dataset.references}
+    spec |= {"shapes": {key: list(value[:1].shape) for key, value in data.items()}}
+    print(
+        f"{name} on {dataset.name} ({dataset.source}), evaluated on {dataset.env_id}\n"
+        f"  {len(dataset.ends):,} transitions in {episodes:,} episodes of return"
+        f" {dataset.returns.mean():.1f} (mean), {dataset.returns.max():.1f} (best);"
+        f" {held_out:,} episodes are kept for validation\n"
+        f"  {args.steps:,} steps on {device}; everything is written to {run_dir}"
+    )
+
+    # The learner, new or where an earlier run stopped.
+    torch.manual_seed(args.seed)
+    learner = Learner(data, args)
+    step, seconds, history = 0, 0.0, []
+    if args.resume and checkpoint.exists():  # a run that saved nothing yet begins anew
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        check_same(args, saved["args"])
+        step, seconds, history = saved["step"], saved["seconds"], saved["history"]
+        restore(learner, saved["learner"])
+        torch.set_rng_state(saved["rng"].cpu())
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(saved.get("cuda_rng", saved["rng"]).cpu(), device)
+
+    write_config(run_dir, args, spec)
+    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    fast = functools.cache(lambda update: accelerate(update, args, device))
+    began, first, metrics = time.time() - seconds, step, {}
+    bar = tqdm(total=args.steps, initial=step, unit="step", disable=not sys.stdout.isatty())
+
+    def due(period):  # whether the last update completed a multiple of `period`, or the run
+        return step % period < n or step >= args.steps
+
+    def save():
+        check_finite(metrics, step, checkpoint)
+        state = {"args": asdict(args), "spec": spec, "learner": snapshot(learner), "step": step}
+        state |= {"seconds": time.time() - began, "history": history, "rng": torch.get_rng_state()}
+        if device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(device)
+        torch.save(state, run_dir / "checkpoint.tmp")
+        (run_dir / "checkpoint.tmp").replace(checkpoint)  # at once: a crash leaves the old one
+
+    # Ctrl-C is heard between two updates, never inside one; a second one stops at once.
+    interrupted, handler = [], signal.getsignal(signal.SIGINT)
+    listens = threading.current_thread() is threading.main_thread()
+
+    def interrupt(*_):
+        interrupted.append(True)
+        signal.signal(signal.SIGINT, handler)
+
+    if listens:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        while step < args.steps and not interrupted:
+            update, n = learner.phase(step)
+            metrics = fast(update)()
+            step += n
+            bar.update(n)
+            if due(500):
+                check_finite(metrics, step, checkpoint)
+                for key, value in metrics.items():
+                    add = writer.add_scalar if value.numel() == 1 else writer.add_histogram
+                    add(key, value.cpu(), step)
+                speed = (step - first) / (time.time() - began - seconds)
+                writer.add_scalar("charts/steps_per_second", speed, step)
+            if due(args.eval_every):
+                row = {"step": step, "seconds": round(time.time() - began, 1)}
+                with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                    torch.manual_seed(0)  # training's random numbers are not touched
+                    if dataset.env_id != "none":
+                        seed = 1_000_003 * args.seed + step
+                        place = spec | {"device": device}
+                        row |= evaluate(learner, place, args.eval_episodes, seed)
+                    if held_out:
+                        row |= {k: float(v) for k, v in learner.validate(validation).items()}
+                history.append(row)
+                write_history(run_dir, history)
+                for key in list(row)[2:]:
+                    writer.add_scalar(key if "/" in key else f"eval/{key}", row[key], step)
+                best = max(row.get("return_mean", math.nan) for row in history)
+                so_far = "" if math.isnan(best) else f"  (best return so far {best:.4g})"
+                bar.write(describe(row) + so_far)
+            if due(args.save_every) or interrupted:
+                save()
+        if step < args.steps:
+            sys.exit(f"\nSaved at step {step:,}; the same command with --resume goes on.")
+    finally:
+        if listens:
+            signal.signal(signal.SIGINT, handler)
+        bar.close()
+        writer.close()
+    if args.capture_video and dataset.env_id != "none":
+        record_video(learner.policy.act, spec | {"device": device}, run_dir)
+    print(f"Done after {(time.time() - began) / 60:.1f} minutes; results are in {run_dir}")
+    return history
+
+
+def accelerate(update, args: Args, device: torch.device):
+    """The same update, faster: compiled on demand, and on CUDA captured in a graph, which replays
+    its hundreds of kernels at the cost of one launch."""
+    if args.compile:
+        torch._inductor.config.fallback_random = True  # the random numbers of the eager update
+        update = torch.compile(update)
+    if device.type != "cuda" or not args.cuda_graph:
+        return update
+    side, graph, calls, metrics = torch.cuda.Stream(), torch.cuda.CUDAGraph(), 0, {}
+
+    def replay():
+        nonlocal calls, metrics
+        calls += 1
+        if calls <= 3:  # capture asks for some calls before it, off the default stream
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                metrics = update()
+            torch.cuda.current_stream().wait_stream(side)
+            return metrics
+        if calls == 4:
+            with torch.cuda.graph(graph):  # records the update, does not run it
+                metrics = update()
+        graph.replay()
+        return metrics
+
+    return replay
+
+
+def snapshot(learner) -> dict:
+    """State of a learner: of its networks and its optimisers, and its own tensors."""
+    items = vars(learner).items()
+    state = {key: item.state_dict() for key, item in items if hasattr(item, "state_dict")}
+    return state | {key: item.detach() for key, item in items if isinstance(item, torch.Tensor)}
+
+
+def restore(learner, state: dict) -> None:
+    for key, value in state.items():
+        item = getattr(learner, key)
+        if isinstance(item, torch.Tensor):
+            item.data.copy_(value)
+            continue
+        item.load_state_dict(value)
+        for group in getattr(item, "param_groups", []):  # the checkpoint's device may be another
+            group["capturable"] = group["params"][0].is_cuda
+
+
+def check_finite(metrics: dict, step: int, checkpoint: Path) -> None:
+    bad = [term for term, value in metrics.items() if not torch.isfinite(value).all()]
+    if bad:
+        kept = "the last good checkpoint is kept" if checkpoint.exists() else "nothing was saved"
+        raise SystemExit(f"Step {step:,}: {', '.join(bad)} not finite. Stopped; {kept}.")
+
+
+def check_same(args: Args, saved: dict) -> None:
+    """A run goes on as what it was: only these flags may differ."""
+    free = "steps eval_every eval_episodes eval_xi save_every device matmul_precision compile"
+    free += " cuda_graph run_dir resume evaluate capture_video"
+    for key, value in saved.items():
+        if key not in free.split() and getattr(args, key) != value:
+            flag = "--" + key.replace("_", "-")
+            raise SystemExit(f"--resume: the run was started with {flag} {value}; pass the same.")
+
+
+def describe(row: dict[str, float]) -> str:
+    hidden = ("step", "seconds")  # and a score where there are no reference returns
+    numbers = [f"{k} {x:.4g}" for k, x in row.items() if k not in hidden and not math.isnan(x)]
+    return f"step {row['step']:>9,}  " + "  ".join(numbers)
+
+
+def write_config(run_dir: Path, args: Args, spec: dict) -> None:
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    config = {"args": asdict(args), "dataset": spec["name"], "env_id": spec["env_id"]}
+    config |= {"python": platform.python_version(), "machine": platform.platform()}
+    config |= {p: importlib.metadata.version(p) for p in ("torch", "numpy", "gymnasium")}
+    config |= {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
+    config |= {"cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+    if shutil.which("git"):
+        config["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_history(run_dir: Path, history: list[dict]) -> None:
+    columns = ["step", "seconds", "return_mean", "return_std", "length_mean", "score"]
+    columns += [key for key in history[0] if key not in columns]
+    with open(run_dir / "eval.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, columns, extrasaction="ignore")
+        table.writeheader()
+        table.writerows(history)
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args))
