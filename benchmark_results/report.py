@@ -196,7 +196,7 @@ def plot(runs: list[Run], path: Path, unit: str) -> None:
         axis.set_ylabel("normalised score")
     names = sorted(curves)
     lines = [curves[name] for name in names]
-    figure.legend(lines, names, loc="outside lower center", ncols=min(7, len(names)), frameon=False)
+    figure.legend(lines, names, loc="outside lower center", ncols=2 * columns, frameon=False)
     figure.savefig(path, dpi=120)
 
 
