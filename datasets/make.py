@@ -92,7 +92,8 @@ class Args:
     expert_step: int = 0
     """environment step of the expert policy; 0: the last"""
     replay_steps: int = 0
-    """length of the replay set; 0: up to the medium policy, on MuJoCo no less than a level's"""
+    """steps of SAC that the replay set covers; 0: up to the medium policy, and where the buffer
+    itself ships on MuJoCo no less than a level's size"""
 
 
 # --------------------------------------------------------------------------------------- Files
@@ -257,7 +258,8 @@ def from_sac(args: Args) -> None:
             raise SystemExit(f"{run}: no evaluated snapshot is {level}, step {step or 'any'}.")
 
     # The replay set: SAC's own buffer, or 20 policies spread evenly over the same steps.
-    replay_steps = args.replay_steps or max(medium, n if d4rl_references(task) else 0)
+    least = n if d4rl_references(task) and replay_name in BUFFERS else 0
+    replay_steps = args.replay_steps or max(medium, least)
     before = [step for step in steps if step <= replay_steps]
     spread = sorted({before[i] for i in np.linspace(0, len(before) - 1, 20).round().astype(int)})
     replay = [] if replay_name in BUFFERS else spread
@@ -423,7 +425,7 @@ def make(name: str, args: Args) -> None:
         policies, steps, how = None, [0], "uniformly random actions"
     elif level == "medium-replay":
         policies = load_policies(task)
-        steps = policies["steps"]["replay"]
+        steps = [s for s in policies["steps"]["replay"] if s <= policies["steps"]["medium"]]
         how = f"rollouts of {len(steps)} SAC policies of steps {steps[0]:,} to {steps[-1]:,}"
     else:
         policies = load_policies(task)

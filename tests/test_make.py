@@ -186,16 +186,18 @@ def test_seeds(make, maker):
 def test_from_sac(make, maker, tmp_path):
     pendulum, walker = maker.load_policies("pendulum"), maker.load_policies("walker2d")
     assert pendulum["steps"] == {"medium": 300, "expert": 500, "replay": []}
-    assert walker["steps"] == {"medium": 300, "expert": 500, "replay": list(STEPS)}
+    assert walker["steps"] == {"medium": 300, "expert": 500, "replay": [100, 200, 300]}
     assert walker["policies"]["300"]["net.0.weight"].dtype == torch.float16
-    assert walker["returns"] == {str(s): r for s, r in zip(STEPS, RETURNS)}
+    assert walker["returns"] == {str(s): r for s, r in zip(STEPS, RETURNS) if s != 400}
 
     run = dict(from_sac=str(tmp_path / "walker2d"), task="walker2d", overwrite=True)
     make(expert_step=400, replay_steps=200, **run)  # D4RL's expert decides what medium is
     steps = maker.load_policies("walker2d")["steps"]
     assert steps == {"medium": 300, "expert": 400, "replay": [100, 200]}
-    make(medium_step=200, **run)
+    make(medium_step=200, replay_steps=500, **run)
     assert maker.load_policies("walker2d")["steps"]["medium"] == 200
+    make("walker2d-medium-replay", overwrite=True)  # what came after medium is no part of it
+    assert maker.read("walker2d-medium-replay")[1]["description"].endswith("steps 100 to 200")
     with pytest.raises(SystemExit, match="no evaluated snapshot is expert, step 450"):
         make(expert_step=450, **run)
 
