@@ -20,7 +20,7 @@ Every step is three tokens, and all three carry the step's number in the episode
         --eval-every 1000 --target-returns 3600 1000 300
 
 Measured: pendulum-random-medium-expert, 1,500 steps of small networks, five seeds: asked for -150
-it returns -433, asked for -1200 about -1200; with returns-to-go shuffled in training the two are
+it returns -433, asked for -1200 it returns -1206; with returns-to-go shuffled in training both are
 the same. Under half a minute on one CPU thread. Scores after 100,000 steps were not measured.
 
 Differs from the paper / official code:
