@@ -449,10 +449,10 @@ def test_only_a_policy_with_a_past_remembers(arch):
 
 
 def test_targets_are_the_users_the_papers_or_the_datas():
-    rows = numbered((2, 2, 4), rewards=torch.tensor([[1.0], [2], [-4], [-5], [0], [0], [0], [6]]))
+    rows = numbered((2, 2, 4), rewards=torch.tensor([[1.0], [2], [-4], [-5], [0], [0], [0], [12]]))
     targets = lambda **flags: cloner(rows, **flags).policy.targets.tolist()  # noqa: E731
-    assert targets(dataset="own.npz") == [6, 3]  # returns 3, -9 and 6: best 6, mean 0
-    assert targets(dataset="/home/hopper/own.npz") == [6, 3]
+    assert targets(dataset="own.npz") == [12, 7]  # returns 3, -9 and 12, mean 2
+    assert targets(dataset="/home/hopper/own.npz") == [12, 7]
     assert targets(target_returns=(1.0, 2.0, -7.5)) == [1, 2, -7.5]
     for name in ("hopper-medium-replay", "data/hopper-x.hdf5", "mujoco/hopper/expert-v0"):
         assert targets(dataset=name) == [3600, 1800]
