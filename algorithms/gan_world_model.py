@@ -384,7 +384,7 @@ def make_env(env_id: str, **options) -> gym.Env:
 
 def mlp(in_dim: int, hidden_dim: int, out_dim: int, hidden_layers: int = 2) -> nn.Sequential:
     sizes = [in_dim] + [hidden_dim] * hidden_layers
-    layers = [(nn.Linear(i, o), nn.ReLU()) for i, o in zip(sizes[:-1], sizes[1:])]
+    layers = [(nn.Linear(i, o), nn.ReLU(inplace=True)) for i, o in zip(sizes[:-1], sizes[1:])]
     return nn.Sequential(*sum(layers, ()), nn.Linear(hidden_dim, out_dim))
 
 
