@@ -24,8 +24,9 @@ Differs from the paper / official code:
   which reproduce the paper's table. The official code begins with 40,000 steps of cloning; CORL and
   this file do not.
 - No entropy in the target, as in the official code's default.
-- The data's action and the 3n sampled ones are valued in one pass of one batched twin critic, and
-  the policy sees every state once and is sampled n times, which is what makes this file fast.
+- The data's action and the 3n sampled ones are valued in one pass of one batched twin critic, the
+  policy sees every state once and is sampled n times, and on a CPU the batch goes through the
+  critics in slices that fit its cache, which is what makes this file fast.
 - The policy's deviation is squashed into [e^-5, e^2] rather than clipped.
 """
 
@@ -84,6 +85,8 @@ class Args:
     """gradient steps"""
     batch_size: int = 256
     """transitions per gradient step"""
+    slice_size: int = 0
+    """states whose gradients are computed at once, then summed; 0: 64 on a CPU, else the batch"""
     hidden_dim: int = 256
     """units in each of the three hidden layers"""
     learning_rate: float = 3e-4
@@ -431,6 +434,7 @@ class CQL:
         self.log_alpha = torch.zeros((), device=device, requires_grad=True)
         self.log_factor = torch.zeros((), device=device, requires_grad=True)
         self.target_entropy = -action_dim
+        self.slice_size = args.slice_size or (64 if device.type == "cpu" else args.batch_size)
         normalised = ("observations", "next_observations")
         self.data = {**data, **{key: self.policy.normalise(data[key]) for key in normalised}}
         adam = dict(fused=True, capturable=device.type == "cuda")
@@ -459,27 +463,31 @@ class CQL:
         keys = ("observations", "actions", "rewards", "next_observations", "terminals")
         return [self.data[key][i] for key in keys]
 
-    def critic_losses(self, s, a, r, s_next, d):
+    @torch.no_grad()
+    def target_and_draws(self, s, r, s_next, d):
+        """The target y (B, 1), the actions to value at s (B, 3n, A), and the log-densities with
+        which they were drawn (B, 3n)."""
+        batch, n = len(s), self.args.n_actions
+        # The policy at s and s' in one pass, sampled n times; the first at s' is a'.
+        pi, log_pi = self.policy(torch.cat([s, s_next]), n)  # (2B, n, A), (2B, n, 1)
+
+        # Target: the smaller of two target critics.
+        # d is 1 at a terminal only: a time limit ends the episode, not the future.
+        q_next = self.critic_target(s_next, pi[batch:, 0]).amin(0)  # (B, 1)
+        y = r + self.args.gamma * (1 - d) * q_next
+
+        # The actions to value at s: uniform ones, the policy's at s and the policy's at s'.
+        uniform = 2 * torch.rand_like(pi[:batch]) - 1
+        drawn = torch.cat([uniform, *pi.chunk(2)], dim=1)  # (B, 3n, A)
+        log_uniform = torch.full_like(log_pi[:batch], -pi.shape[-1] * math.log(2))
+        log_p = torch.cat([log_uniform, *log_pi.chunk(2)], dim=1).squeeze(-1)  # (B, 3n)
+        return y, drawn, log_p
+
+    def critic_losses(self, s, a, y, drawn, log_p):
         """TD loss, conservative gap, both summed over the critics, and Q of the data (2, B, 1)."""
-        batch, n, action_dim = len(s), self.args.n_actions, a.shape[1]
-        with torch.no_grad():
-            # The policy at s and s' in one pass, sampled n times; the first at s' is a'.
-            pi, log_pi = self.policy(torch.cat([s, s_next]), n)  # (2B, n, A), (2B, n, 1)
-
-            # Target: the smaller of two target critics.
-            # d is 1 at a terminal only: a time limit ends the episode, not the future.
-            q_next = self.critic_target(s_next, pi[batch:, 0]).amin(0)  # (B, 1)
-            y = r + self.args.gamma * (1 - d) * q_next
-
-            # The actions to value at s, and the log-densities of those that were drawn.
-            uniform = 2 * torch.rand(batch, n, action_dim, device=s.device) - 1
-            drawn = torch.cat([uniform, *pi.chunk(2)], dim=1)  # (B, 3n, A)
-            log_uniform = torch.full_like(log_pi[:batch], -action_dim * math.log(2))
-            log_p = torch.cat([log_uniform, *log_pi.chunk(2)], dim=1).squeeze(-1)  # (B, 3n)
-            actions = torch.cat([a[:, None], drawn], dim=1)  # (B, 1 + 3n, A)
-            states = s[:, None].expand(-1, actions.shape[1], -1)  # (B, 1 + 3n, S)
-
-        q = self.critic(states.flatten(0, 1), actions.flatten(0, 1)).view(2, batch, -1)
+        actions = torch.cat([a[:, None], drawn], dim=1)  # (B, 1 + 3n, A)
+        states = s[:, None].expand(-1, actions.shape[1], -1)  # (B, 1 + 3n, S)
+        q = self.critic(states.flatten(0, 1), actions.flatten(0, 1)).view(2, len(s), -1)
         q_data, q_drawn = q[:, :, :1], q[:, :, 1:]  # (2, B, 1), (2, B, 3n)
         td = (q_data - y).square().mean((1, 2)).sum()
 
@@ -488,16 +496,23 @@ class CQL:
         return td, (soft_max - q_data).mean((1, 2)).sum(), q_data.detach()
 
     def update_critic(self, s, a, r, s_next, d):
-        td, gap, q = self.critic_losses(s, a, r, s_next, d)
         factor = self.log_factor.detach().exp().clamp(max=1e6)
-        loss = td + self.args.cql_alpha * factor * gap
+        batch = (s, a, *self.target_and_draws(s, r, s_next, d))
         self.critic_optimizer.zero_grad()
-        loss.backward()
+        sums = torch.zeros(3, device=s.device)
+        # Every state has 1 + 3n rows. Slice by slice they stay in a CPU's cache, from the first
+        # layer forwards to the first layer backwards; the gradients add up to the batch's.
+        for part in zip(*(column.split(self.slice_size) for column in batch)):
+            share = len(part[0]) / len(s)
+            td, gap, q = self.critic_losses(*part)
+            (share * (td + self.args.cql_alpha * factor * gap)).backward()
+            sums += share * torch.stack([td.detach(), gap.detach(), q.mean()])
         self.critic_optimizer.step()
-        metrics = {"losses/td": td.detach(), "losses/gap": gap.detach(), "values/q": q.mean()}
+        td, gap, q = sums
+        metrics = {"losses/td": td, "losses/gap": gap, "values/q": q}
 
         if self.args.lagrange:  # up where the mean gap of the two critics exceeds the one asked for
-            loss = -self.log_factor.exp() * (gap.detach() / 2 - self.args.target_gap)
+            loss = -self.log_factor.exp() * (gap / 2 - self.args.target_gap)
             self.factor_optimizer.zero_grad()
             loss.backward()
             self.factor_optimizer.step()
@@ -543,7 +558,8 @@ class CQL:
         """Losses on held-out transitions."""
         s, s_next = (self.policy.normalise(data[k]) for k in ("observations", "next_observations"))
         a, r, d = data["actions"], data["rewards"], data["terminals"]
-        td, gap, _ = self.critic_losses(s[:1000], a[:1000], r[:1000], s_next[:1000], d[:1000])
+        s, a, r, s_next, d = (x[:1000] for x in (s, a, r, s_next, d))
+        td, gap, _ = self.critic_losses(s, a, *self.target_and_draws(s, r, s_next, d))
         return {"validation/td": td, "validation/gap": gap}
 
 

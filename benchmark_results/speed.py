@@ -70,8 +70,8 @@ def write_data(path: Path, n: int = 100_000) -> None:
     """Random transitions in HalfCheetah's shape: 100 episodes of 1000 steps."""
     rng = np.random.default_rng(0)
     with h5py.File(path, "w") as file:
-        for key in ("observations", "next_observations"):
-            file[key] = rng.standard_normal((n, 17), np.float32)
+        s = rng.standard_normal((n + 1, 17), np.float32)
+        file["observations"], file["next_observations"] = s[:-1], s[1:]
         file["actions"] = rng.uniform(-1, 1, (n, 6)).astype(np.float32)
         file["rewards"] = rng.standard_normal(n, np.float32)
         file["terminals"], file["timeouts"] = np.zeros(n, bool), np.arange(1, n + 1) % 1000 == 0

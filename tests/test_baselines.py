@@ -133,7 +133,7 @@ def test_cql_gap_is_a_soft_maximum_less_the_datas_q():
     agent, n = learner(cql, n_actions=3), 3
     s, a, r, s_next, d = batch(agent)
     torch.manual_seed(5)
-    _, gap, q_data = agent.critic_losses(s, a, r, s_next, d)
+    _, gap, q_data = agent.critic_losses(s, a, *agent.target_and_draws(s, r, s_next, d))
     torch.manual_seed(5)
     pi, log_pi = agent.policy(torch.cat([s, s_next]), n)
     uniform = 2 * torch.rand(len(s), n, A) - 1
@@ -153,7 +153,8 @@ def test_cql_soft_maximum_is_the_integral_over_actions():
     constant_critic(agent.critic, 0, 0)
     agent.policy.net[-1].weight.data.zero_()  # a policy whose samples cover all actions, σ = 1
     agent.policy.net[-1].bias.data = torch.tensor([0.0, 0.0, 0.458, 0.458])
-    _, gap, _ = agent.critic_losses(*(x[:2] for x in batch(agent)))
+    s, a, r, s_next, d = (x[:2] for x in batch(agent))
+    _, gap, _ = agent.critic_losses(s, a, *agent.target_and_draws(s, r, s_next, d))
     integral = (gap / 2).exp() / 60_000
     assert integral.item() == pytest.approx(2**A, rel=0.1)
 
@@ -176,8 +177,27 @@ def test_cql_target_is_masked_by_terminals_alone(d):
     constant_critic(agent.critic, 0, 0)
     constant_critic(agent.critic_target, 5, 3)
     s, a, r, s_next, _ = batch(agent)
-    td, *_ = agent.critic_losses(s, a, r, s_next, torch.full_like(r, d))
+    y_and_draws = agent.target_and_draws(s, r, s_next, torch.full_like(r, d))
+    td, *_ = agent.critic_losses(s, a, *y_and_draws)
     torch.testing.assert_close(td, 2 * (r + 0.9 * (1 - d) * 3).square().mean())
+
+
+@pytest.mark.parametrize("slice_size", [1, 5, 8])
+def test_cql_slices_add_up_to_the_batch(slice_size):
+    """The last slice of 5 is a shorter one."""
+    whole, sliced = (learner(cql, slice_size=size) for size in (16, slice_size))
+    sliced.critic.load_state_dict(whole.critic.state_dict())
+    sliced.policy.load_state_dict(whole.policy.state_dict())
+    sliced.critic_target.load_state_dict(whole.critic_target.state_dict())
+    rows = [x[:16] for x in batch(whole)]
+    metrics = []
+    for agent in (whole, sliced):
+        torch.manual_seed(5)
+        metrics.append(agent.update_critic(*rows))
+    for key, value in metrics[0].items():
+        torch.testing.assert_close(metrics[1][key], value, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(sliced.critic.parameters(), whole.critic.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("target_gap, sign", [(-100.0, 1), (100.0, -1)])
