@@ -399,7 +399,8 @@ class Block(nn.Module):
         p = self.dropout.p if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[keep], dropout_p=p)
         x = x[:, keep] + self.dropout(self.project(y.transpose(1, 2).flatten(2)))
-        return x + self.dropout(self.net(self.norm_2(x)))
+        # As a plain matrix: a ReLU in place on a view of one would copy it, forwards and backwards.
+        return x + self.dropout(self.net(self.norm_2(x).flatten(0, 1)).view_as(x))
 
 
 class GPT(nn.Module):

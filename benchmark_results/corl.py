@@ -46,7 +46,7 @@ class Args:
     eval_every: int = 5000
     """gradient steps between evaluations"""
     override: tuple[str, ...] = ()
-    """other fields of its TrainConfig: batch_size=64"""
+    """other fields of its TrainConfig: batch_size=64 target_returns=3600,1800"""
     device: str = "cpu"
     """cpu or cuda"""
     threads: int = 1
@@ -200,6 +200,8 @@ def main(args: Args) -> float:
     for key, value in chosen.items():
         if key in fields:
             old = getattr(config, key)
+            if isinstance(old, tuple):  # target_returns=3600,1800
+                value = tuple(map(float, value.split(",")))
             setattr(config, key, value if isinstance(value, type(old)) else type(old)(value))
     if args.speed and hasattr(corl, "eval_rollout"):  # evaluates at its step 0, come what may
         corl.eval_rollout = lambda **_: (0.0, 0)

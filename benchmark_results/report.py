@@ -4,9 +4,10 @@
     python benchmark_results/report.py
 
 reads benchmark_results/runs/<algorithm>/<data set>/seed<k>/eval.csv and the calibration of the
-learning-curve tests, and writes results.md, curves.png and the tables of README.md. `final` is the
-mean of a run's last five evaluations, `best` its best single one (a choice that offline data alone
-would not allow, so it stands apart). Over seeds: mean and 95 % bootstrap interval.
+learning-curve tests, and writes results.md, curves.png and the tables of README.md and of
+docs/results.md. `final` is the mean of a run's last five evaluations, `best` its best single one (a
+choice that offline data alone would not allow, so it stands apart). Over seeds: mean and 95 %
+bootstrap interval.
 """
 
 import csv
@@ -213,7 +214,7 @@ def main() -> None:
     write_csv(runs)
     insert(readme, "results", table(offline))
     insert(readme, "together", aggregate(offline))
-    insert(readme, "calibration", calibration_table())
+    insert(FOLDER.parent / "docs" / "results.md", "calibration", calibration_table())
     plot(offline, FOLDER / "curves.png", "gradient steps")
     plot([run for run in online if run.algorithm == "sac"], FOLDER / "sac.png", "steps")
     print(text)

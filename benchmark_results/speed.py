@@ -5,9 +5,12 @@
 
 Times the update that the training loop calls, with each file's own sizes and batch, on random
 arrays of HalfCheetah's shape. An algorithm with phases is timed in each, weighed by their share of
-a run. `evaluation` is ten episodes of 1000 steps. The table goes to speed.md and speed.csv beside
-this file, below those of other hardware. --corl also times CORL's file of the same name, in turns
-with ours: on a machine that does something else too, only the ratio means something.
+a run. `evaluation` is ten episodes of 1000 steps. The floor of a step is its floating-point
+operations, counted while it runs, over the rate of a large matrix product, measured here: `share`
+says how near a file comes to it (1 would be nothing but products at full rate). The table goes to
+speed.md and speed.csv beside this file, below those of other hardware. --corl also times CORL's
+file of the same name, in turns with ours: on a machine that does something else too, only the ratio
+means something.
 """
 
 import contextlib
@@ -29,11 +32,14 @@ import numpy as np
 import torch
 import tyro
 from run import ALGORITHMS, FOLDER, load
+from torch.utils.flop_counter import FlopCounterMode
 
 CORL = {"bc": "any_percent_bc", "td3_bc": "td3_bc", "iql": "iql", "cql": "cql"}
 CORL |= {"decision_transformer": "dt"}
 UNITS = {  # columns of the table
     "steps_per_second": "steps/s",
+    "gigaflop": "GFLOP a step",
+    "share": "share of the matrix rate",
     "minutes_per_million": "minutes per million steps",
     "peak_megabytes": "peak MB",
     "evaluation_seconds": "evaluation, s",
@@ -94,6 +100,20 @@ def calls_per_second(call, seconds: float, device: torch.device) -> float:
     return calls / (time.perf_counter() - began)
 
 
+def matrix_rate(device: torch.device) -> float:
+    """Floating-point operations per second of a large product, at the precision that is set."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device)
+    return 2 * n**3 * calls_per_second(lambda: a @ b, 1.0, device)
+
+
+def operations(update, n: int) -> float:
+    """Floating-point operations of the products in one gradient step, backward pass included."""
+    with FlopCounterMode(display=False) as counter:
+        update()
+    return counter.get_total_flops() / n
+
+
 def ours(args: Args, algorithm: str, data: str) -> dict[str, float]:
     """One file, measured once; its figures under the names of UNITS."""
     torch.set_num_threads(args.threads)
@@ -106,16 +126,19 @@ def ours(args: Args, algorithm: str, data: str) -> dict[str, float]:
     learner = module.Learner(dataset.tensors(np.arange(len(dataset.ends)), device), options)
 
     # Which update the training loop would call how often, and what a step of the run costs.
-    shares, updates = defaultdict(float), {}
+    shares, updates, flop = defaultdict(float), {}, {}
     for step in np.linspace(0, options.steps, 200, endpoint=False).astype(int):
         update, n = learner.phase(int(step))
         shares[update.__name__] += 1 / 200
-        updates[update.__name__] = (module.accelerate(update, options, device), n)
+        if update.__name__ not in updates:
+            flop[update.__name__] = operations(update, n)
+            updates[update.__name__] = (module.accelerate(update, options, device), n)
     seconds = args.seconds / len(updates)
     cost = sum(
         shares[name] / (n * calls_per_second(update, seconds, device))
         for name, (update, n) in updates.items()
     )
+    gigaflop = sum(shares[name] * flop[name] for name in updates) / 1e9
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 1e6
     else:
@@ -125,6 +148,8 @@ def ours(args: Args, algorithm: str, data: str) -> dict[str, float]:
     module.evaluate(learner, spec, 10, 0)
     return {
         "steps_per_second": 1 / cost,
+        "gigaflop": gigaflop,
+        "share": gigaflop * 1e9 / cost / matrix_rate(device),
         "minutes_per_million": cost * 1e6 / 60,
         "peak_megabytes": memory,
         "evaluation_seconds": time.perf_counter() - began,

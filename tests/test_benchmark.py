@@ -18,6 +18,7 @@ from conftest import ROOT, load
 sys.path.insert(0, str(ROOT / "benchmark_results"))
 
 import corl
+import official_a2po
 import run
 import speed
 
@@ -120,9 +121,11 @@ class TrainConfig:
     eval_freq: int = 5000
     max_timesteps: int = 1000000
     scale: float = 1.0
+    targets: tuple = (12000.0, 6000.0)
 
 @pyrallis.wrap()
 def train(config):
+    assert config.targets == (3600.0, 1800.0)
     env = gym.make(config.env)
     data = d4rl.qlearning_dataset(env)
     assert data["rewards"].shape == data["terminals"].shape == (len(data["actions"]),)
@@ -149,7 +152,7 @@ def train(config):
 def test_corl_runs_on_our_data_and_is_scored_as_we_score(tmp_path):
     (tmp_path / "td3_bc.py").write_text(CORL_LIKE)
     options = dict(dataset="pendulum-medium-replay", seed=3, steps=40, eval_every=20)
-    options |= dict(run_dir=str(tmp_path / "run"), override=("scale=2.0",))
+    options |= dict(run_dir=str(tmp_path / "run"), override=("scale=2.0", "targets=3600,1800"))
     corl.main(corl.Args(tmp_path / "td3_bc.py", **options))
     with open(tmp_path / "run" / "eval.csv") as file:
         rows = list(csv.DictReader(file))
@@ -165,6 +168,47 @@ def test_corl_runs_on_our_data_and_is_scored_as_we_score(tmp_path):
         corl.main(corl.Args(tmp_path / "td3_bc.py", **options))
     with pytest.raises(SystemExit, match="not there; fetch"):
         corl.main(corl.Args(tmp_path / "cql.py"))
+
+
+# The face of the official A2PO, around a policy that pushes as the states' mean tells it.
+A2PO_LIKE = """
+import numpy as np
+
+class OffRL:
+    def __init__(self, state_dim, action_dim, max_action, min_v, max_v, device, alpha, vae_step):
+        assert (state_dim, action_dim, max_action, alpha, vae_step) == (3, 1, 1.0, 1.0, 200_000)
+        assert min_v < -100 * 100 and max_v <= 0
+        self.total_it = 0
+
+    def policy_train(self, replay_buffer, logger, algo, env, clip=False, batch_size=256):
+        self.total_it += 1
+        s, a, s_next, r, not_done = replay_buffer.sample(batch_size)
+        assert s.shape == s_next.shape == (256, 3) and r.shape == not_done.shape == (256, 1)
+        assert a.abs().max() <= 1 and s.mean().abs() < 0.5 and not_done.min() == 1
+        assert -1700 < r.min() < -100  # Pendulum's -16.3 to 0, times 100
+
+    def select_action(self, state, level=1.0):
+        assert state.shape == (1, 3)
+        return np.array([0.5])
+"""
+
+
+def test_official_a2po_runs_on_our_data(tmp_path):
+    (tmp_path / "a2po.py").write_text(A2PO_LIKE)
+    options = dict(dataset="pendulum-medium-replay", seed=3, steps=30, eval_every=20)
+    options |= dict(eval_episodes=1, run_dir=str(tmp_path / "run"))
+    official_a2po.main(official_a2po.Args(tmp_path, **options))
+    with open(tmp_path / "run" / "eval.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["20", "30"]
+    env = load("bc").make_env("Pendulum-v1")
+    env.reset(seed=103)
+    total = sum(env.step(np.array([1.0], np.float32))[1] for _ in range(200))  # 0.5 of ±2
+    assert float(rows[0]["return_mean"]) == pytest.approx(total)
+    with pytest.raises(SystemExit, match="holds a run: --run-dir goes elsewhere"):
+        official_a2po.main(official_a2po.Args(tmp_path, **options))
+    with pytest.raises(SystemExit, match=r"no a2po\.py; get github"):
+        official_a2po.main(official_a2po.Args(tmp_path / "elsewhere"))
 
 
 def test_report_counts_seeds_intervals_and_who_is_better(tmp_path, monkeypatch):

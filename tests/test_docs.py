@@ -112,7 +112,7 @@ def test_flags_exist(page, weighted):
     any_flag = OTHERS_FLAGS | {flag for name in NAMES for flag in flags_of(load(name))}
     any_flag |= flags_of(module_at(ROOT / "datasets" / "make.py"))
     any_flag |= flags_of(module_at(weighted / "algorithms" / "weighted_bc.py"))
-    for script in ("run", "speed", "corl"):
+    for script in ("run", "speed", "corl", "official_a2po"):
         any_flag |= flags_of(module_at(ROOT / "benchmark_results" / f"{script}.py"))
     own = flags_of(load(page.stem)) | OTHERS_FLAGS if page.stem in NAMES else any_flag
     wrong = []
