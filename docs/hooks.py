@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = {  # files of the repository that are, or are part of, a page of their own
     "datasets/README.md": "datasets.md",
     "benchmark_results/results.md": "results.md",
+    "benchmark_results/speed.md": "speed.md",
     "docs/algorithms": "map.md",
 }
 PICTURES = (".png", ".svg", ".jpg", ".gif")
