@@ -25,6 +25,7 @@ from scipy.stats import bootstrap
 ONLINE = ("sac", "sac_offline")  # behind the data sets; not compared with the rest
 FOLDER = Path(__file__).resolve().parent
 CALIBRATION = FOLDER.parent / "tests" / "calibration"
+FILES = sorted(path.stem for path in (FOLDER.parent / "algorithms").glob("*.py"))
 
 
 @dataclass
@@ -168,6 +169,17 @@ def insert(path: Path, name: str, text: str) -> None:
     path.write_text(head + begin + text + end + rest.split(end)[1])
 
 
+def beside(runs: list[Run]) -> list[Run]:
+    """Other people's code and files with other flags, each with the file that it is a version of,
+    the one with the longest name that its own name holds, on the same data."""
+    others = [run for run in runs if run.algorithm not in FILES]
+    wanted = set()
+    for run in others:
+        known = [name for name in FILES if name in run.algorithm]
+        wanted |= {(name, run.dataset) for name in (run.algorithm, max(known, key=len, default=""))}
+    return [run for run in runs if (run.algorithm, run.dataset) in wanted]
+
+
 def plot(runs: list[Run], path: Path, unit: str) -> None:
     """A panel per data set, a curve per algorithm: mean over seeds and its 95 % interval."""
     datasets = sorted({run.dataset for run in runs})
@@ -209,13 +221,16 @@ def main() -> None:
     offline = [run for run in runs if run.algorithm not in ONLINE]
     online = [run for run in runs if run.algorithm in ONLINE]
     text = f"# Results\n\n{table(offline)}\n## Together\n\n{aggregate(offline)}\n"
-    text += f"![curves](curves.png)\n\n## Behind the data sets\n\n{table(online)}\n"
+    text += "![curves](curves.png)\n\n## Beside other code and other flags\n\n"
+    text += f"![curves](beside.png)\n\n## Behind the data sets\n\n{table(online)}\n"
     (FOLDER / "results.md").write_text(text + "![curves of SAC](sac.png)\n")
     write_csv(runs)
     insert(readme, "results", table(offline))
     insert(readme, "together", aggregate(offline))
     insert(FOLDER.parent / "docs" / "results.md", "calibration", calibration_table())
-    plot(offline, FOLDER / "curves.png", "gradient steps")
+    own = [run for run in offline if run.algorithm in FILES]
+    plot(own, FOLDER / "curves.png", "gradient steps")
+    plot(beside(offline), FOLDER / "beside.png", "gradient steps")
     plot([run for run in online if run.algorithm == "sac"], FOLDER / "sac.png", "steps")
     print(text)
 

@@ -237,6 +237,16 @@ def test_report_counts_seeds_intervals_and_who_is_better(tmp_path, monkeypatch):
     assert "td3_bc" not in together
 
 
+def test_report_shows_versions_beside_their_file():
+    pytest.importorskip("rliable", reason="benchmark_results/requirements.txt is not installed")
+    report = importlib.import_module("report")
+    names = ("a2po", "bc", "td3_bc", "corl_td3_bc", "iql", "official_a2po")
+    runs = [report.Run(name, "x", 0, np.ones(1), np.ones(1), 1.0) for name in names]
+    runs.append(report.Run("bc", "y", 0, np.ones(1), np.ones(1), 1.0))
+    shown = [(run.algorithm, run.dataset) for run in report.beside(runs)]
+    assert shown == [("a2po", "x"), ("td3_bc", "x"), ("corl_td3_bc", "x"), ("official_a2po", "x")]
+
+
 def test_speed_weighs_the_phases_by_their_share(monkeypatch):
     """Three quarters of a run take 10 ms per step, the rest 1 ms for two."""
 
