@@ -167,6 +167,32 @@ def test_commands_are_valid(page, weighted):
             assert known or others, args.dataset
 
 
+# A training of a few steps has every part of a long one: batches, updates, evaluations, files.
+SHORT = {"steps": 8, "eval_every": 4, "eval_episodes": 1, "device": "cpu", "model_steps": 3}
+SHORT |= {"rollout_every": 4, "rollout_batch": 64}
+ONLINE = {"steps": 450, "eval_every": 450, "random_steps": 300}  # SAC updates after random ones
+
+
+@every_page
+def test_commands_train(page, weighted, tmp_path):
+    """Every training command of a page runs, cut to a few steps."""
+    for k, (script, *arguments) in enumerate(commands(page)):
+        module_name = Path(script).stem
+        if module_name not in NAMES or {"--resume", "--evaluate"} & {*arguments}:
+            continue  # these continue from a whole run of the command before them
+        args = tyro.cli(load(module_name).Args, args=arguments)
+        data = ROOT / "datasets" / f"{args.dataset}.hdf5"
+        online = module_name == "sac" and not args.offline
+        if not online and not data.exists():
+            continue  # to be made, to be downloaded, or the reader's own
+        for key, value in (SHORT | (ONLINE if online else {})).items():
+            if hasattr(args, key):
+                setattr(args, key, value)
+        args.run_dir = str(tmp_path / str(k))
+        history = load(module_name).train(args)
+        assert history[-1]["step"] == args.steps
+
+
 def defined(path: Path) -> set[str]:
     """Qualified names of the functions and classes of a source file."""
 
