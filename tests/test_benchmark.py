@@ -35,11 +35,11 @@ def write(folder: Path, steps: int) -> None:
     (folder / "eval.csv").write_text(f"step,seconds,score\n{steps},1.0,50.0\n")
 
 
-def test_every_preset_is_understood_by_its_file():
+def test_every_preset_is_understood_by_its_file(tmp_path):
     for algorithm, patterns in run.PRESETS.items():
         defaults = load(algorithm).Args()
         for dataset in patterns:
-            (job,) = run.plan(run.Args((algorithm,), (dataset,), (0,)))
+            (job,) = run.plan(run.Args((algorithm,), (dataset,), (0,), runs=tmp_path))
             args = run.tyro.cli(load(algorithm).Args, args=job.flags)
             changed = [k for k, v in vars(args).items() if v != getattr(defaults, k)]
             named = {word[2:].replace("-", "_") for word in patterns[dataset].split()[::2]}
