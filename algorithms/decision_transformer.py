@@ -10,7 +10,7 @@ action then earns is taken off R before the next step.
     returns-to-go   R_t = r_t + r_{t+1} + ... + r_T                            not discounted
     policy          a_t = π(R_1, s_1, a_1, ..., R_{t-1}, s_{t-1}, a_{t-1}, R_t, s_t)
     loss            L(π) = |a_t - π(...)|² / A          averaged over the steps of K-step windows
-    acting          R_1 = the return asked for, then R_{t+1} = R_t - r_t; π sees the last K steps
+    acting          R_1 = the return asked for, then R_{t+1} = R_t - r_t; π sees the last steps, at most K
 
 Every step is three tokens, and all three carry the step's number in the episode as an embedding.
 
@@ -28,6 +28,8 @@ Differs from the paper / official code:
   the padding, and no mask is needed. Tokens know their step's number, not their place in the
   window, so that the predictions are the same.
 - The last block is computed where an action is read, at the states' tokens, and nowhere else.
+- A full memory forgets half of its steps at once, so that acting computes only what is new: eleven
+  times as fast as CORL's. --forget 1 is the paper's: always the last K steps, all computed anew.
 - Returns-to-go are divided by their deviation in the data (--return-scale 1000 is the paper's).
 - Weights begin as PyTorch's layers do, the timestep's embedding with deviation 0.02; officially
   N(0, 0.02²) inside the transformer and N(0, 1) for the timestep.
@@ -80,6 +82,9 @@ class Args:
     """what turns the tokens into actions: attention, a recurrent network, or one without a past"""
     context: int = 20
     """K, steps that the policy sees, three tokens each"""
+    forget: int = 0
+    """steps that acting drops at once when it holds more than K: 1, always the last K steps, as in
+    the paper; more, so that between two such times only what is new is computed; 0: half of K"""
     layers: int = 3
     """blocks of the transformer, layers of the recurrent network, hidden layers of the MLP"""
     heads: int = 1
@@ -388,10 +393,13 @@ class Block(nn.Module):
         self.project = nn.Linear(dim, dim)
         self.net = mlp(dim, 4 * dim, dim, hidden_layers=1)
 
-    def forward(self, x, mask, keep):
-        """x: (B, T, D) -> (B, T', D), the tokens `keep` alone; mask: (T, T), who sees whom."""
+    def forward(self, x, mask, keep, past=None):
+        """x: (B, T, D) -> (B, T', D), the tokens `keep` alone, and the keys and values of all;
+        past: (B, P, 2 D), those of P tokens before; mask: (T, P + T), who sees whom."""
         h = self.norm_1(x)
         queries, keys_values = self.query(h[:, keep]), self.key_value(h)
+        if past is not None:
+            keys_values = torch.cat([past, keys_values], dim=1)
         q, k, v = (
             y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, T, D / heads)
             for y in (queries, *keys_values.chunk(2, dim=-1))
@@ -400,7 +408,7 @@ class Block(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[keep], dropout_p=p)
         x = x[:, keep] + self.dropout(self.project(y.transpose(1, 2).flatten(2)))
         # As a plain matrix: a ReLU in place on a view of one would copy it, forwards and backwards.
-        return x + self.dropout(self.net(self.norm_2(x).flatten(0, 1)).view_as(x))
+        return x + self.dropout(self.net(self.norm_2(x).flatten(0, 1)).view_as(x)), keys_values
 
 
 class GPT(nn.Module):
@@ -413,11 +421,15 @@ class GPT(nn.Module):
         mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()  # a token sees those before it
         self.register_buffer("mask", mask, persistent=False)
 
-    def forward(self, x, keep):
-        mask = self.mask[: x.shape[1], : x.shape[1]]
-        for block in self.blocks[:-1]:
-            x = block(x, mask, slice(None))
-        return self.norm(self.blocks[-1](x, mask, keep))  # what nobody reads is not computed
+    def forward(self, x, keep, past=()):
+        before = past[0].shape[1] if past else 0
+        mask = self.mask[before : before + x.shape[1], : before + x.shape[1]]
+        kept = [slice(None)] * (len(self.blocks) - 1) + [keep]  # what nobody reads is not computed
+        cache = []
+        for block, tokens, keys_values in zip(self.blocks, kept, past or [None] * len(kept)):
+            x, keys_values = block(x, mask, tokens, keys_values)
+            cache.append(keys_values)
+        return self.norm(x), cache
 
 
 class Policy(nn.Module):
@@ -436,7 +448,8 @@ class Policy(nn.Module):
         self.register_buffer("targets", default_targets(data, args))
         state_dim, action_dim = len(self.state_mean), self.action_low.shape[1]
 
-        self.context, self.sizes, dim = args.context, (1, 1, state_dim, action_dim), args.hidden_dim
+        self.context, self.forget = args.context, args.forget or (args.context + 1) // 2
+        self.sizes, dim = (1, 1, state_dim, action_dim), args.hidden_dim
         self.embed_return = nn.Linear(1, dim)
         self.embed_state = nn.Linear(state_dim, dim)
         self.embed_action = nn.Linear(action_dim, dim)
@@ -454,50 +467,64 @@ class Policy(nn.Module):
     def normalise(self, observations):
         return (observations - self.state_mean) / self.state_std
 
-    def forward(self, t, R, s, a, last=False):
+    def tokens(self, t, R, s, a):
         """Steps t (B, T), returns-to-go R (B, T, 1), states s (B, T, S) and actions a (B, T, A) ->
-        the action at each step (B, T, A), or at the last one alone (B, 1, A)."""
+        R_1 s_1 a_1 R_2 s_2 a_2 ..., (B, 3 T, D)."""
         tokens = [self.embed_return(R), self.embed_state(s), self.embed_action(a)]
         time = self.embed_time(t.clamp(max=self.embed_time.num_embeddings - 1))  # (B, T, D)
         x = torch.stack(tokens, dim=2) + time[:, :, None]  # (B, T, 3, D)
-        x = self.dropout(self.norm(x))
+        return self.dropout(self.norm(x)).flatten(1, 2)
 
-        # The action is read where the state stood: by then R and s are known, a is not.
-        keep = slice(-2, -1) if last else slice(1, None, 3)
+    def read(self, x, keep, past=()):
+        """Tokens x (B, T, D) -> the actions read at the tokens `keep` (B, T', A), and what has to
+        be known of these tokens for the next ones: `past`, a list of tensors (B, ...)."""
         if self.arch == "gpt":
-            h = self.net(x.flatten(1, 2), keep)  # R_1 s_1 a_1 R_2 s_2 a_2 ..., (B, 3 T, D)
+            h, past = self.net(x, keep, past)
         elif self.arch == "gru":
-            h = self.net(x.flatten(1, 2))[0][:, keep]
+            h, state = self.net(x, past[0].transpose(0, 1).contiguous() if past else None)
+            h, past = h[:, keep], [state.transpose(0, 1)]
         else:
-            h = self.net(x[:, -1:, :2].flatten(2) if last else x[:, :, :2].flatten(2))
-        return torch.tanh(self.head(h))
+            h = self.net(torch.cat([x.roll(1, dims=1)[:, keep], x[:, keep]], dim=-1))  # R_t, s_t
+        return torch.tanh(self.head(h)), past
+
+    def forward(self, t, R, s, a):
+        """The actions at all steps, (B, T, A). Each is read where the state stood: by then R and s
+        are known, a is not."""
+        return self.read(self.tokens(t, R, s, a), slice(1, None, 3))[0]
 
     @torch.no_grad()
     def act(
         self,
         observations: torch.Tensor,
         rewards: torch.Tensor | None = None,
-        memory: torch.Tensor | None = None,
-        target: float | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        memory: list[torch.Tensor] | None = None,
+        target: float | torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """What a user calls at every step: raw observations (N, S) -> actions (N, A) in the
-        environment's bounds, and a memory. At the next step hand it in, with the rewards (N,) that
-        these actions brought. At the first there is neither; `target` is the return asked for."""
+        environment's bounds, and a memory, tensors with a row per episode. At the next step hand it
+        in, with the rewards (N,) that these actions brought. At the first there is neither;
+        `target` is the return asked for, of all or of each (N, 1)."""
         s = self.normalise(observations)
         if memory is None:
             t = torch.zeros_like(s[:, :1])
             R = t + (self.targets[0] if target is None else target) / self.return_scale
-            memory = s.new_empty(len(s), 0, sum(self.sizes))
+            steps, past = s.new_empty(len(s), 0, sum(self.sizes)), []
         else:
-            t, R = memory[:, -1, :2].split(1, dim=1)
+            steps, *past = memory  # (N, T, 2 + S + A), and what `read` knows of them
+            t, R = steps[:, -1, :2].split(1, dim=1)
             t, R = t + 1, R - rewards[:, None] / self.return_scale
         a = s.new_zeros(len(s), self.sizes[-1])  # not known yet, and nothing looks at it
-        now = torch.cat([t, R, s, a], dim=-1)
-        memory = torch.cat([memory, now[:, None]], dim=1)[:, -self.context :]  # (N, T, 2 + S + A)
-        t, R, s, a = memory.split(self.sizes, dim=-1)
-        a[:, -1:] = self(t[..., 0].long(), R, s, a, last=True)
-        a = a[:, -1]
-        return self.action_low + 0.5 * (a + 1) * (self.action_high - self.action_low), memory
+        steps = torch.cat([steps, torch.cat([t, R, s, a], dim=-1)[:, None]], dim=1)
+        if steps.shape[1] > self.context:
+            # What the later steps made of the forgotten ones has to be forgotten too: begin anew.
+            steps, past = steps[:, self.forget :].clone(), []
+        new = steps[:, -2:] if past else steps  # a_{t-1}, R_t and s_t are, or everything is
+        t, R, s, a = new.split(self.sizes, dim=-1)
+        x = self.tokens(t[..., 0].long(), R, s, a)[:, :-1]
+        action, past = self.read(x[:, -3:] if past else x, slice(-1, None), past)
+        steps[:, -1:, -self.sizes[-1] :] = action
+        action = self.action_low + 0.5 * (action[:, 0] + 1) * (self.action_high - self.action_low)
+        return action, [steps, *past]
 
 
 # What the paper asks for, by the beginning of a task's name.
@@ -543,6 +570,8 @@ class DecisionTransformer:
         for flag in ("context", "layers", "heads", "max_episode_length"):
             if getattr(args, flag) < 1:
                 raise SystemExit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least 1.")
+        if not 0 <= args.forget <= args.context:
+            raise SystemExit(f"--forget {args.forget}: 0, or 1 up to --context {args.context}.")
         if args.hidden_dim % args.heads:
             raise SystemExit(f"--heads {args.heads}: must divide --hidden-dim {args.hidden_dim}.")
         if not 0 <= args.dropout < 1:
@@ -608,13 +637,11 @@ class DecisionTransformer:
         error = (self.policy(t, R, s, a) - a).square().mean(-1)  # (B, K)
         return (error * real).sum() / real.sum()
 
-    def actors(self) -> dict:
-        """Policies to evaluate, by suffix of their columns; the first one is the result."""
+    def targets(self) -> dict[str, float]:
+        """Returns to ask for in evaluations, by suffix of their columns; the first's is the
+        result."""
         first, *others = self.policy.targets.tolist()
-        act = functools.partial
-        return {"": act(self.policy.act, target=first)} | {
-            f"_target_{x:g}": act(self.policy.act, target=x) for x in others
-        }
+        return {"": first} | {f"_target_{x:g}": x for x in others}
 
     @torch.no_grad()
     def validate(self, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -636,34 +663,38 @@ Learner = DecisionTransformer  # the name by which the training loop knows it
 
 
 def evaluate(learner, spec: dict, episodes: int, seed: int) -> dict[str, float]:
-    """Return, length and score over `episodes` episodes, all stepped together. The first of the
-    learner's policies is the result; the others' return and score get a suffix. What a policy
-    remembers is a tensor with one row per episode, so that an episode that ended is left out."""
+    """Return, length and score over `episodes` episodes for each return to ask for, all stepped
+    together. The first one's are the result; the others' return and score get a suffix. What a
+    policy remembers are tensors with one row per episode, so that one that ended is left out."""
     low, high = spec["references"]
+    asked = learner.targets()
+    targets = torch.tensor(list(asked.values()), device=spec["device"])
+    targets = targets.repeat_interleave(episodes)[:, None]
+    envs = gym.make_vec(spec["env_id"], num_envs=len(targets), vectorization_mode="sync")
+    observations, _ = envs.reset(seed=[seed + i for _ in asked for i in range(episodes)])
+    returns, lengths, rewards = np.zeros((3, len(targets)))
+    actions = np.zeros(envs.action_space.shape, np.float32)
+    running, memory = np.arange(len(targets)), None  # ended by a terminal or a time limit: out
+    while len(running):
+        s, r = (
+            torch.as_tensor(x[running], dtype=torch.float32, device=spec["device"])
+            for x in (observations, rewards)
+        )
+        a, memory = learner.policy.act(s, r, memory, targets)
+        actions[running] = a.cpu().numpy()
+        observations, rewards, terminated, truncated, _ = envs.step(actions)
+        returns[running] += rewards[running]
+        lengths[running] += 1
+        goes_on = ~(terminated | truncated)[running]
+        kept = torch.as_tensor(goes_on, device=s.device)
+        running, memory = running[goes_on], [x[kept] for x in memory]
+    envs.close()
     row = {}
-    for suffix, act in learner.actors().items():
-        envs = gym.make_vec(spec["env_id"], num_envs=episodes, vectorization_mode="sync")
-        observations, _ = envs.reset(seed=seed)
-        returns, lengths, rewards = np.zeros((3, episodes))
-        actions = np.zeros(envs.action_space.shape, np.float32)
-        running, memory = np.arange(episodes), None  # ended by a terminal or a time limit: out
-        while len(running):
-            s, r = (
-                torch.as_tensor(x[running], dtype=torch.float32, device=spec["device"])
-                for x in (observations, rewards)
-            )
-            a, memory = act(s, r, memory)
-            actions[running] = a.cpu().numpy()
-            observations, rewards, terminated, truncated, _ = envs.step(actions)
-            returns[running] += rewards[running]
-            lengths[running] += 1
-            goes_on = ~(terminated | truncated)[running]
-            running, memory = running[goes_on], memory[torch.as_tensor(goes_on, device=s.device)]
-        envs.close()
-        row[f"return_mean{suffix}"] = float(returns.mean())
+    for suffix, x in zip(asked, returns.reshape(-1, episodes)):
+        row[f"return_mean{suffix}"] = float(x.mean())
         if not suffix:
-            row |= {"return_std": float(returns.std()), "length_mean": float(lengths.mean())}
-        row[f"score{suffix}"] = float(100 * (returns.mean() - low) / (high - low))
+            row |= {"return_std": float(x.std()), "length_mean": float(lengths[:episodes].mean())}
+        row[f"score{suffix}"] = float(100 * (x.mean() - low) / (high - low))
     return row
 
 

@@ -200,6 +200,16 @@ CASES = {
         above={"bc_all": 5},
         ablations={"cloning alone": {"eta": 0.0, "candidates": 1}},
     ),
+    "diffusion_ql_replay": Case(
+        "diffusion_ql",
+        VALUE
+        | {"hidden_dim": 64, "batch_size": 128, "candidates": 10, "ema_rate": 0.005}
+        | {"steps": 2000, "eval_every": 500},
+        "pendulum-medium-replay",
+        end=0,
+        above={"bc_replay": 5},
+        ablations={"cloning alone": {"eta": 0.0, "candidates": 1}},
+    ),
     # Q must not choose among candidates here: it would choose the same mode everywhere.
     "diffusion_ql_modes": Case(
         "diffusion_ql",
@@ -208,8 +218,8 @@ CASES = {
         | {"diffusion_steps": 20, "steps": 3000, "eval_every": 3000},
         BIMODAL,
         look=rarer_mode,
-        end=9,
-        above={"td3_bc_modes": 9},
+        end=13,
+        above={"td3_bc_modes": 13},
         ablations={"10 candidates": {"candidates": 10}, "T = 1": {"diffusion_steps": 1}},
     ),
     "td3_bc_modes": Case("td3_bc", VALUE, BIMODAL, look=rarer_mode),

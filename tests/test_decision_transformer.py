@@ -82,11 +82,18 @@ def test_the_present_and_the_past_are_seen(arch, column):
 
 
 @every_arch
-def test_the_last_action_alone_is_the_same(arch):
-    policy, steps = wild(arch=arch).policy, tokens()
-    last = policy(*steps, last=True)
-    assert last.shape == (3, 1, A)
-    torch.testing.assert_close(last, policy(*steps)[:, -1:])
+@pytest.mark.parametrize("before", [2, 5, 3 * K - 4])
+def test_what_is_known_of_the_past_is_enough(arch, before):
+    """Tokens in two calls, the second with what the first found out, against all in one."""
+    policy, x = wild(arch=arch).policy, torch.randn(3, 3 * K - 1, 16)
+    wanted, _ = policy.read(x, slice(-1, None))
+    _, past = policy.read(x[:, :before], slice(-1, None))
+    found, _ = policy.read(x[:, before:], slice(-1, None), past)
+    assert found.shape == (3, 1, A)
+    torch.testing.assert_close(found, wanted)
+    _, other = policy.read(torch.randn_like(x[:, :before]), slice(-1, None))
+    moved, _ = policy.read(x[:, before:], slice(-1, None), other)
+    assert torch.allclose(moved, wanted) == (arch == "mlp")
 
 
 @every_arch
@@ -134,8 +141,8 @@ def test_a_block_is_attention_and_an_mlp(heads):
     h = block.norm_1(x)
     y = x + other(h, h, h, attn_mask=~mask, need_weights=False)[0]
     y = y + block.net(block.norm_2(y))
-    torch.testing.assert_close(block(x, mask, slice(None)), y)
-    torch.testing.assert_close(block(x, mask, slice(1, None, 3)), y[:, 1::3])
+    torch.testing.assert_close(block(x, mask, slice(None))[0], y)
+    torch.testing.assert_close(block(x, mask, slice(1, None, 3))[0], y[:, 1::3])
 
 
 def test_steps_beyond_the_last_embedding_share_it():
@@ -219,18 +226,21 @@ def test_validation_counts_every_row_once():
 
 
 @every_arch
-def test_acting_is_the_policy_on_the_last_steps(arch):
-    """Step by step with a memory, against the whole history cut to its last K steps."""
+@pytest.mark.parametrize("forget", [1, 2, 0, K])
+def test_acting_is_the_policy_on_the_last_steps(arch, forget):
+    """Step by step with a memory, against the whole history cut to the steps not yet forgotten."""
     low, high = torch.tensor([[-2.0, -1.0]]), torch.tensor([[2.0, 3.0]])
-    policy = wild(data() | {"action_low": low, "action_high": high}, arch=arch).policy
+    policy = wild(data() | {"action_low": low, "action_high": high}, arch=arch, forget=forget)
+    policy = policy.policy
     states, rewards = torch.randn(3 * K, 4, S), torch.randn(3 * K, 4)
     actions, R = torch.zeros(4, 3 * K, A), torch.full((4, 3 * K), 7.0)
-    memory, r = None, None
+    memory, r, first = None, None, 0
     for i in range(3 * K):
         chosen, memory = policy.act(states[i], r, memory, target=7.0)
         r = rewards[i]
         R[:, i] = 7 - rewards[:i].sum(0)
-        window = slice(max(0, i + 1 - K), i + 1)
+        first += (forget or K // 2) * (i + 1 - first > K)
+        window = slice(first, i + 1)
         t = torch.arange(3 * K)[window].expand(4, -1)
         s = policy.normalise(states[window].transpose(0, 1))
         wanted = policy(t, R[:, window, None] / policy.return_scale, s, actions[:, window])[:, -1]
@@ -238,7 +248,7 @@ def test_acting_is_the_policy_on_the_last_steps(arch):
         torch.testing.assert_close(
             chosen, low + (wanted + 1) / 2 * (high - low), rtol=1e-4, atol=1e-5
         )
-    assert memory.shape == (4, K, 2 + S + A)
+    assert memory[0].shape == (4, 3 * K - first, 2 + S + A)
 
 
 def test_a_policy_asks_for_its_first_target():
@@ -269,7 +279,7 @@ def test_an_episode_that_ended_can_be_left_out(arch):
         for j, action in zip(running.tolist(), actions):
             torch.testing.assert_close(action, wanted[j][i], rtol=1e-4, atol=1e-5)
         stays = torch.tensor([ends[j] > i + 1 for j in running.tolist()])
-        memory, running = memory[stays], running[stays]
+        memory, running = [x[stays] for x in memory], running[stays]
         r = rewards[i, running]
 
 
@@ -291,32 +301,36 @@ class Counted(gym.Env):
 
 
 def test_each_episode_keeps_its_own_memory(monkeypatch):
-    """A policy that acts by the number of its episode and by all rewards so far."""
+    """A policy that acts by the number of its episode, by all rewards so far and by its target."""
     monkeypatch.setitem(
         gym.registry, "Counted-v0", gym.envs.registration.EnvSpec("Counted-v0", Counted)
     )
     seen = []
 
-    def act(s, r, memory):
-        memory = torch.arange(len(s), dtype=torch.float32)[:, None] if memory is None else memory
+    def act(s, r, memory, target):
+        number, total, target = memory or (torch.arange(8) % 4, torch.zeros(8), target[:, 0])
         seen.append(len(s))
-        before = torch.zeros(len(s), 1) if memory.shape[1] == 1 else memory[:, 1:]
-        total = before + r[:, None]  # of the rewards
-        return memory[:, :1] + 0.5 * total, torch.cat([memory[:, :1], total], dim=1)
+        total = total + r  # of the rewards
+        return (number + target + 0.5 * total)[:, None], [number, total, target]
 
     spec = {"env_id": "Counted-v0", "references": (0.0, 100.0), "device": torch.device("cpu")}
-    actors = types.SimpleNamespace(actors=lambda: {"": act, "_low": act})
-    row = dt.evaluate(actors, spec, episodes=4, seed=10)
-    returns = []
-    for e, length in enumerate((3, 5, 7, 9)):
-        total = 0.0
-        for _ in range(length):
-            total += e + 0.5 * total
-        returns.append(total)
-    assert row["return_mean"] == row["score"] == pytest.approx(np.mean(returns), rel=1e-5)
-    assert row["return_std"] == pytest.approx(np.std(returns), rel=1e-5)
-    assert row["length_mean"] == 6 and row["return_mean_low"] == row["return_mean"]
-    assert seen == 2 * [4, 4, 4, 3, 3, 2, 2, 1, 1]  # nobody computes for those that ended
+    learner = types.SimpleNamespace(
+        targets=lambda: {"": 0.0, "_target_2": 2.0}, policy=types.SimpleNamespace(act=act)
+    )
+    row = dt.evaluate(learner, spec, episodes=4, seed=10)
+    for suffix, target in (("", 0), ("_target_2", 2)):
+        returns = []
+        for e, length in enumerate((3, 5, 7, 9)):
+            total = 0.0
+            for _ in range(length):
+                total += e + target + 0.5 * total
+            returns.append(total)
+        assert row[f"return_mean{suffix}"] == pytest.approx(np.mean(returns), rel=1e-5)
+        assert row[f"score{suffix}"] == row[f"return_mean{suffix}"]
+        if not suffix:
+            assert row["return_std"] == pytest.approx(np.std(returns), rel=1e-5)
+    assert row["length_mean"] == 6
+    assert seen == [8, 8, 8, 6, 6, 4, 4, 2, 2]  # nobody computes for those that ended
 
 
 # -------------------------------------------------------------------------------------- Training
@@ -463,11 +477,13 @@ def test_targets_are_the_users_the_papers_or_the_datas():
 
 
 def test_columns_of_the_targets():
-    agent = wild(target_returns=(10.0, 2.5, -338.42))
-    actors, s = agent.actors(), torch.randn(4, S)
-    assert list(actors) == ["", "_target_2.5", "_target_-338.42"]
-    for act, target in zip(actors.values(), (10.0, 2.5, -338.42)):
-        torch.testing.assert_close(act(s)[0], agent.policy.act(s, target=target)[0])
+    policy, s = (agent := wild(target_returns=(10.0, 2.5, -338.42))).policy, torch.randn(3, S)
+    asked = agent.targets()
+    assert list(asked) == ["", "_target_2.5", "_target_-338.42"]
+    assert list(asked.values()) == pytest.approx([10.0, 2.5, -338.42])
+    together, _ = policy.act(s, target=torch.tensor(list(asked.values()))[:, None])
+    for i, target in enumerate(asked.values()):
+        torch.testing.assert_close(together[i], policy.act(s[i : i + 1], target=target)[0][0])
 
 
 def test_scale_of_the_returns():
@@ -483,6 +499,8 @@ def test_scale_of_the_returns():
     "flags, message",
     [
         (dict(heads=3), "--heads 3.*--hidden-dim 16"),
+        (dict(forget=-1), "--forget -1"),
+        (dict(forget=K + 1), "--forget 7.*--context 6"),
         (dict(heads=0), "--heads 0"),
         (dict(context=0), "--context 0"),
         (dict(layers=0), "--layers 0"),
