@@ -47,7 +47,8 @@ import sys
 import threading
 import time
 import zipfile
-from dataclasses import asdict, dataclass
+from collections.abc import Generator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -98,6 +99,8 @@ class Args:
     """evaluation environment, also module:Id; empty: the dataset's; none: validation losses only"""
     seed: int = 0
     """seed of the networks, the batches and the evaluation"""
+    seeds: tuple[int, ...] = ()
+    """several seeds in one process, in run_dir/seed<k> each, the same as one by one"""
     eval_every: int = 5000
     """gradient steps between evaluations; the last step is always evaluated"""
     eval_episodes: int = 10
@@ -591,13 +594,80 @@ def record_video(act, spec: dict, folder: Path) -> None:
 
 
 def train(args: Args) -> list[dict[str, float]]:
-    """Trains, or with --evaluate only evaluates. Returns the evaluations, oldest first."""
+    """Trains, or with --evaluate only evaluates. Returns the evaluations, oldest first; the last
+    one's where --seeds names several."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if args.device == "auto" else args.device)
     torch.set_float32_matmul_precision(args.matmul_precision)
     if args.evaluate:
         return [evaluate_checkpoint(args, device)]
 
+    # Seeds take turns. A small network leaves most of a GPU idle: there they run side by side.
+    interrupted, ended, lanes = [], [], {}
+    for seed in args.seeds or [args.seed]:
+        own = f"{args.run_dir}/seed{seed}" if args.seeds and args.run_dir else args.run_dir
+        turns = run(replace(args, seed=seed, run_dir=own), device, interrupted)
+        lanes[turns] = Lane(device)
+        with lanes[turns]:
+            next(turns)  # reads the data and makes the networks
+
+    # Ctrl-C is heard between two updates, never inside one; a second one stops at once.
+    handler = signal.getsignal(signal.SIGINT)
+    listens = threading.current_thread() is threading.main_thread()
+
+    def interrupt(*_):
+        interrupted.append(True)
+        signal.signal(signal.SIGINT, handler)
+
+    if listens:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        while lanes:
+            for turns, lane in list(lanes.items()):
+                try:
+                    with lane:
+                        next(turns)
+                except StopIteration as end:
+                    history = end.value
+                    del lanes[turns]
+                except SystemExit as message:  # the others go on
+                    ended.append(str(message))
+                    del lanes[turns]
+    finally:
+        if listens:
+            signal.signal(signal.SIGINT, handler)
+    if ended:
+        sys.exit("\n".join(ended))
+    return history
+
+
+class Lane:
+    """What runs in one process must not share: random numbers and, on CUDA, the stream."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.state = device, torch.get_rng_state()
+        if device.type == "cuda":
+            torch.cuda.init()
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self.default = torch.cuda.default_generators[index]
+            self.own, self.stream = self.default.clone_state(), torch.cuda.Stream(device)
+
+    def __enter__(self):
+        torch.set_rng_state(self.state)
+        if self.device.type == "cuda":  # a graph keeps the generator that it was captured with
+            self.default.graphsafe_set_state(self.own)
+            self.context = torch.cuda.stream(self.stream)
+            self.context.__enter__()
+
+    def __exit__(self, *error):
+        self.state = torch.get_rng_state()
+        if self.device.type == "cuda":
+            self.context.__exit__(*error)
+
+
+def run(args: Args, device: torch.device, interrupted: list) -> Generator[None, None, list]:
+    """Trains one seed and returns its evaluations. Yields when it is ready to begin, and then now
+    and then between two updates, for other seeds to take their turn."""
     # The run directory: never overwritten, continued only on demand.
     name = Path(__file__).stem
     is_file = Path(args.dataset).suffix in (".hdf5", ".npz")
@@ -646,6 +716,7 @@ def train(args: Args) -> list[dict[str, float]]:
     fast = functools.cache(lambda update: accelerate(update, args, device))
     began, first, metrics = time.time() - seconds, step, {}
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=not sys.stdout.isatty())
+    label = f"seed {args.seed}  " if args.seeds else ""
 
     def due(period):  # whether the last update completed a multiple of `period`, or the run
         return step % period < n or step >= args.steps
@@ -659,17 +730,8 @@ def train(args: Args) -> list[dict[str, float]]:
         torch.save(state, run_dir / "checkpoint.tmp")
         (run_dir / "checkpoint.tmp").replace(checkpoint)  # at once: a crash leaves the old one
 
-    # Ctrl-C is heard between two updates, never inside one; a second one stops at once.
-    interrupted, handler = [], signal.getsignal(signal.SIGINT)
-    listens = threading.current_thread() is threading.main_thread()
-
-    def interrupt(*_):
-        interrupted.append(True)
-        signal.signal(signal.SIGINT, handler)
-
-    if listens:
-        signal.signal(signal.SIGINT, interrupt)
     try:
+        yield
         while step < args.steps and not interrupted:
             update, n = learner.phase(step)
             metrics = fast(update)()
@@ -698,14 +760,15 @@ def train(args: Args) -> list[dict[str, float]]:
                     writer.add_scalar(key if "/" in key else f"eval/{key}", row[key], step)
                 best = max(row.get("return_mean", math.nan) for row in history)
                 so_far = "" if math.isnan(best) else f"  (best return so far {best:.4g})"
-                bar.write(describe(row) + so_far)
-            if due(args.save_every) or interrupted:
+                bar.write(label + describe(row) + so_far)
+            if due(args.save_every):
                 save()
+            if due(10):
+                yield
         if step < args.steps:
+            save()
             sys.exit(f"\nSaved at step {step:,}; the same command with --resume goes on.")
     finally:
-        if listens:
-            signal.signal(signal.SIGINT, handler)
         bar.close()
         writer.close()
     if args.capture_video and dataset.env_id != "none":
@@ -763,14 +826,16 @@ def restore(learner, state: dict) -> None:
 def check_finite(metrics: dict, step: int, checkpoint: Path) -> None:
     bad = [term for term, value in metrics.items() if not torch.isfinite(value).all()]
     if bad:
-        kept = "the last good checkpoint is kept" if checkpoint.exists() else "nothing was saved"
+        kept = f"nothing was saved in {checkpoint.parent}"
+        if checkpoint.exists():
+            kept = f"the last good checkpoint is kept, {checkpoint}"
         raise SystemExit(f"Step {step:,}: {', '.join(bad)} not finite. Stopped; {kept}.")
 
 
 def check_same(args: Args, saved: dict) -> None:
     """A run goes on as what it was: only these flags may differ."""
     free = "steps eval_every eval_episodes eval_xi save_every device matmul_precision compile"
-    free += " cuda_graph run_dir resume evaluate capture_video"
+    free += " cuda_graph run_dir resume evaluate capture_video seeds"
     for key, value in saved.items():
         if key not in free.split() and getattr(args, key) != value:
             flag = "--" + key.replace("_", "-")

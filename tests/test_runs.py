@@ -152,6 +152,29 @@ def test_first_losses_depend_on_the_seed_alone(train, module, monkeypatch):
     assert losses and all(first[0][key] != first[2][key] for key in losses)
 
 
+def test_several_seeds_are_the_runs_one_by_one(train, capsys):
+    for seed in (5, 2):
+        train(run_dir=f"alone/seed{seed}", seed=seed)
+    last = table("alone/seed2")
+    capsys.readouterr()
+    history = train(run_dir="together", seeds=(5, 2))
+    for seed in (5, 2):
+        assert_same_run(f"alone/seed{seed}", f"together/seed{seed}")
+        assert json.load(open(f"together/seed{seed}/config.json"))["args"]["seed"] == seed
+    assert [row["return_mean"] for row in history] == [float(row["return_mean"]) for row in last]
+    said = capsys.readouterr().out
+    order = re.findall(r"seed (\d)  step +(\d+)", said)
+    assert order == [("5", "10"), ("2", "10"), ("5", "20"), ("2", "20")]  # they take turns
+
+
+def test_one_seed_that_fails_leaves_the_others(train, module, monkeypatch):
+    train(run_dir="alone", seed=2)
+    at_update(module, monkeypatch, 1, poison)  # of all: the first seed's
+    with pytest.raises(SystemExit, match=r"not finite.*seed5"):
+        train(run_dir="together", seeds=(5, 2))
+    assert_same_run("alone", "together/seed2")
+
+
 def test_evaluation_does_not_change_training(train):
     train(run_dir="often", eval_every=2, env_id="none")
     train(run_dir="once", eval_every=20, env_id="none")
@@ -221,6 +244,19 @@ def test_a_run_stopped_by_ctrl_c_goes_on_as_if_it_had_not(train):
         hook.remove()
     train(run_dir="stopped", resume=True)
     assert_same_run("straight", "stopped")
+
+
+def test_ctrl_c_stops_and_saves_all_seeds(train, module, monkeypatch):
+    for seed in (5, 2):
+        train(run_dir=f"alone/seed{seed}", seed=seed)
+    at_update(module, monkeypatch, 4, lambda learner: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as end:
+        train(run_dir="together", seeds=(5, 2))
+    steps = [saved(f"together/seed{seed}")["step"] for seed in (5, 2)]
+    assert max(steps) < 20 and all(f"Saved at step {step}" in end.value.code for step in steps)
+    train(run_dir="together", seeds=(5, 2), resume=True)
+    for seed in (5, 2):
+        assert_same_run(f"alone/seed{seed}", f"together/seed{seed}")
 
 
 def test_ctrl_c_in_the_last_evaluation_loses_nothing(train, module, monkeypatch):
@@ -331,16 +367,21 @@ def test_evaluate_asks_for_an_environment(train, module, pendulum, pendulum_file
 def test_evaluation_is_episodes_one_by_one(module):
     """All episodes are stepped together; each counts up to its own end and no further."""
 
-    def policy(act):  # some are told the rewards as well and hand on a memory
-        with_memory = module.__file__.endswith("decision_transformer.py")
-        return (lambda s, r, memory: (act(s), s[:, :0])) if with_memory else act
-
     class Constant:
+        policy = property(lambda self: self)
+
         def actors(self):
             return {
-                "": policy(lambda s: torch.zeros(len(s), 3).add(s[:, :1] / 9)),
-                "_other": policy(lambda s: torch.zeros(len(s), 3)),
+                "": lambda s: torch.zeros(len(s), 3).add(s[:, :1] / 9),
+                "_other": lambda s: torch.zeros(len(s), 3),
             }
+
+        def targets(self):  # the same two, where a policy is asked for a return and has a memory
+            return {"": 1.0, "_other": 0.0}
+
+        def act(self, s, r, memory, targets):
+            (targets,) = memory or [targets]
+            return torch.zeros(len(s), 3).add(targets * s[:, :1] / 9), [targets]
 
     spec = {"env_id": "Hopper-v5", "references": (10.0, 30.0), "device": torch.device("cpu")}
     row = module.evaluate(Constant(), spec, episodes=3, seed=7)
@@ -401,3 +442,12 @@ def test_cuda_graph_equals_eager(module):
 def test_resume_on_another_device(first, second, train):
     train(device=first)
     assert [row["step"] for row in train(device=second, steps=40, resume=True)][-1] == 40
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_several_seeds_on_a_gpu_are_the_runs_one_by_one(train):
+    for seed in (5, 2):
+        train(run_dir=f"alone/seed{seed}", seed=seed, device="cuda")
+    train(run_dir="together", seeds=(5, 2), device="cuda")
+    for seed in (5, 2):
+        assert_same_run(f"alone/seed{seed}", f"together/seed{seed}")
