@@ -23,8 +23,8 @@ The paper's bounds of the gradient's norm for D4RL, η = 1 throughout (--max-gra
 0.5 to 4.5 and --max-q-backup.
 
 Measured: pendulum-random-medium-expert, 2,000 steps of small networks, five seeds: score 66.4,
-cloning alone (η = 0, one sample) 12.1; half a minute on one CPU thread. Not trained at length on
-Hopper yet.
+cloning alone (η = 0, one sample) 12.1; half a minute on one CPU thread. On hopper-medium-replay
+18 after 20,000 steps and still rising (cloning 14.5), one seed.
 
 Differs from the paper / official code:
 - It acts as the official code does, which the paper does not say: of 50 samples the softmax of Q'

@@ -3,11 +3,11 @@
     pip install -r benchmark_results/requirements.txt
     python benchmark_results/report.py
 
-reads benchmark_results/runs/<algorithm>/<data set>/seed<k>/eval.csv and the calibration of the
-learning-curve tests, and writes results.md, curves.png and the tables of README.md and of
-docs/results.md. `final` is the mean of a run's last five evaluations, `best` its best single one (a
-choice that offline data alone would not allow, so it stands apart). Over seeds: mean and 95 %
-bootstrap interval.
+reads benchmark_results/runs/<algorithm>/<data set>/seed<k>/eval.csv, the runs of fewer steps in
+benchmark_results/short (the same folders) and the calibration of the learning-curve tests, and
+writes results.md, curves.png and the tables of README.md and of docs/results.md. `final` is the
+mean of a run's last five evaluations, `best` its best single one (a choice that offline data alone
+would not allow, so it stands apart). Over seeds: mean and 95 % bootstrap interval.
 """
 
 import csv
@@ -44,9 +44,9 @@ class Run:
         return float(self.scores[-5:].mean())
 
 
-def read_runs() -> list[Run]:
+def read_runs(folder: str = "runs") -> list[Run]:
     runs = []
-    for path in sorted(FOLDER.glob("runs/*/*/seed*/eval.csv")):
+    for path in sorted(FOLDER.glob(f"{folder}/*/*/seed*/eval.csv")):
         with open(path) as file:
             rows = list(csv.DictReader(file))
         steps, scores = (np.array([float(row[k]) for row in rows]) for k in ("step", "score"))
@@ -92,6 +92,43 @@ def table(runs: list[Run]) -> str:
             f" {minutes:.0f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def side_by_side(runs: list[Run]) -> str:
+    """A row per data set, a column per file of ours: `final` of the runs with the same steps."""
+    cells = {(dataset, name, steps): group for (dataset, name, steps), group in grouped(runs)}
+    counts = [steps for _, name, steps in cells if name in FILES]
+    steps = max(set(counts), key=counts.count, default=0)  # the common number; others stay out
+    names = [name for name in FILES if any(key[1:] == (name, steps) for key in cells)]
+    lines = [f"| {steps:,} steps | {' | '.join(names)} |", f"|---|{'--:|' * len(names)}"]
+    for dataset in sorted({key[0] for key in cells}):
+        groups = [cells.get((dataset, name, steps), []) for name in names]
+        if any(groups):
+            finals = [interval([run.final for run in group]) if group else "" for group in groups]
+            lines.append(f"| {dataset} | {' | '.join(finals)} |")
+    return "\n".join(lines) + "\n"
+
+
+def against_corl(runs: list[Run]) -> str:
+    """Our files and CORL's where both were run for as many steps on the same data."""
+    lines = [
+        "| data set | steps | algorithm | seeds | final | CORL's seeds | CORL's final |",
+        "|---|--:|---|--:|--:|--:|--:|",
+    ]
+    cells = dict(grouped(runs))
+    for (dataset, name, steps), ours in cells.items():
+        theirs = cells.get((dataset, f"corl_{name}", steps))
+        if theirs:
+            finals = [[run.final for run in group] for group in (ours, theirs)]
+            shown = [f"{len(final)} | {spread(final)}" for final in finals]
+            lines.append(f"| {dataset} | {steps:,} | {name} | {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and the lowest and the highest seed."""
+    ends = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{ends}"
 
 
 def write_csv(runs: list[Run]) -> None:
@@ -227,7 +264,11 @@ def main() -> None:
     write_csv(runs)
     insert(readme, "results", table(offline))
     insert(readme, "together", aggregate(offline))
-    insert(FOLDER.parent / "docs" / "results.md", "calibration", calibration_table())
+    page = FOLDER.parent / "docs" / "results.md"
+    insert(page, "calibration", calibration_table())
+    short = read_runs("short")
+    insert(page, "short", side_by_side(short))
+    insert(page, "corl", against_corl(runs + short))
     own = [run for run in offline if run.algorithm in FILES]
     plot(own, FOLDER / "curves.png", "gradient steps")
     plot(beside(offline), FOLDER / "beside.png", "gradient steps")

@@ -206,8 +206,8 @@ CASES = {
         | {"hidden_dim": 64, "batch_size": 128, "candidates": 10, "ema_rate": 0.005}
         | {"steps": 2000, "eval_every": 500},
         "pendulum-medium-replay",
-        end=0,
-        above={"bc_replay": 5},
+        end=18,
+        above={"bc_replay": 15},
         ablations={"cloning alone": {"eta": 0.0, "candidates": 1}},
     ),
     # Q must not choose among candidates here: it would choose the same mode everywhere.

@@ -247,6 +247,27 @@ def test_report_shows_versions_beside_their_file():
     assert shown == [("a2po", "x"), ("td3_bc", "x"), ("corl_td3_bc", "x"), ("official_a2po", "x")]
 
 
+def test_report_sets_runs_of_equal_steps_side_by_side():
+    pytest.importorskip("rliable", reason="benchmark_results/requirements.txt is not installed")
+    report = importlib.import_module("report")
+
+    def cell(name, dataset, steps, *ends):
+        at = np.array([steps / 2, steps])
+        return [
+            report.Run(name, dataset, str(seed), at, np.array([end, end]), 1.0)
+            for seed, end in enumerate(ends)
+        ]
+
+    runs = cell("bc", "x", 10, 1.0, 3.0) + cell("iql", "x", 10, 7.0) + cell("iql", "y", 10, 8.0)
+    runs += cell("corl_iql", "x", 10, 5.0, 6.0) + cell("corl_iql", "y", 20, 9.0)
+    runs += cell("cql", "x", 20, 0.5) + cell("iql_wide", "y", 10, 9.5)
+    lines = report.side_by_side(runs).splitlines()
+    assert lines[0] == "| 10 steps | bc | iql |"
+    assert lines[2:] == ["| x | 2.0 | 7.0 |", "| y |  | 8.0 |"]
+    lines = report.against_corl(runs).splitlines()[2:]
+    assert lines == ["| x | 10 | iql | 1 | 7.0 | 2 | 5.5 (5.0 to 6.0) |"]
+
+
 def test_speed_weighs_the_phases_by_their_share(monkeypatch):
     """Three quarters of a run take 10 ms per step, the rest 1 ms for two."""
 
