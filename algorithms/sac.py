@@ -400,7 +400,9 @@ class TwinCritic(nn.Module):
 
     def forward(self, s, a, members=2):
         x = torch.cat([s, a], dim=-1).expand(members, -1, -1)  # (2, B, S + A)
-        weights, biases = ([p[:members] for p in ps] for ps in (self.weights, self.biases))
+        weights, biases = list(self.weights), list(self.biases)
+        if members == 1:  # to take both is no slice: its backward pass would copy all gradients
+            weights, biases = [w[:1] for w in weights], [b[:1] for b in biases]
         for weight, bias in zip(weights[:-1], biases[:-1]):
             x = torch.baddbmm(bias, x, weight).relu_()  # (2, B, H)
         return torch.baddbmm(biases[-1], x, weights[-1])  # (2, B, 1)
