@@ -7,7 +7,9 @@ Times the update that the training loop calls, with each file's own sizes and ba
 arrays of HalfCheetah's shape. An algorithm with phases is timed in each, weighed by their share of
 a run. `evaluation` is ten episodes of 1000 steps. The floor of a step is its floating-point
 operations, counted while it runs, over the rate of a large matrix product, measured here: `share`
-says how near a file comes to it (1 would be nothing but products at full rate). The table goes to
+says how near a file comes to it (1 would be nothing but products at full rate). `kernels` are the
+tensor operations of a step, views left out: on a GPU the other floor, two microseconds or so each
+even in a graph. The table goes to
 speed.md and speed.csv beside this file, below those of other hardware. --corl also times CORL's
 file of the same name, in turns with ours: on a machine that does something else too, only the ratio
 means something.
@@ -32,6 +34,7 @@ import numpy as np
 import torch
 import tyro
 from run import ALGORITHMS, FOLDER, load
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 CORL = {"bc": "any_percent_bc", "td3_bc": "td3_bc", "iql": "iql", "cql": "cql"}
@@ -40,6 +43,7 @@ UNITS = {  # columns of the table
     "steps_per_second": "steps/s",
     "gigaflop": "GFLOP a step",
     "share": "share of the matrix rate",
+    "kernels": "kernels a step",
     "minutes_per_million": "minutes per million steps",
     "peak_megabytes": "peak MB",
     "evaluation_seconds": "evaluation, s",
@@ -107,11 +111,25 @@ def matrix_rate(device: torch.device) -> float:
     return 2 * n**3 * calls_per_second(lambda: a @ b, 1.0, device)
 
 
-def operations(update, n: int) -> float:
-    """Floating-point operations of the products in one gradient step, backward pass included."""
-    with FlopCounterMode(display=False) as counter:
+class KernelCounter(TorchDispatchMode):
+    """Counts the operations that compute something: on a GPU one kernel or more each."""
+
+    number = 0
+    others = ("empty", "empty_like", "new_empty", "_unsafe_view", "detach", "alias")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "aten" and not function.is_view:
+            self.number += function.overloadpacket.__name__ not in self.others
+        return function(*args, **(kwargs or {}))
+
+
+def operations(update, n: int) -> np.ndarray:
+    """(floating-point operations of the products, kernels) in one gradient step, backward pass
+    included."""
+    update()  # the first call also makes the optimisers' states
+    with FlopCounterMode(display=False) as counter, KernelCounter() as kernels:
         update()
-    return counter.get_total_flops() / n
+    return np.array([counter.get_total_flops(), kernels.number]) / n
 
 
 def ours(args: Args, algorithm: str, data: str) -> dict[str, float]:
@@ -126,19 +144,19 @@ def ours(args: Args, algorithm: str, data: str) -> dict[str, float]:
     learner = module.Learner(dataset.tensors(np.arange(len(dataset.ends)), device), options)
 
     # Which update the training loop would call how often, and what a step of the run costs.
-    shares, updates, flop = defaultdict(float), {}, {}
+    shares, updates, counts = defaultdict(float), {}, {}
     for step in np.linspace(0, options.steps, 200, endpoint=False).astype(int):
         update, n = learner.phase(int(step))
         shares[update.__name__] += 1 / 200
         if update.__name__ not in updates:
-            flop[update.__name__] = operations(update, n)
+            counts[update.__name__] = operations(update, n)
             updates[update.__name__] = (module.accelerate(update, options, device), n)
     seconds = args.seconds / len(updates)
     cost = sum(
         shares[name] / (n * calls_per_second(update, seconds, device))
         for name, (update, n) in updates.items()
     )
-    gigaflop = sum(shares[name] * flop[name] for name in updates) / 1e9
+    flop, kernels = sum(shares[name] * counts[name] for name in updates)
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 1e6
     else:
@@ -148,8 +166,9 @@ def ours(args: Args, algorithm: str, data: str) -> dict[str, float]:
     module.evaluate(learner, spec, 10, 0)
     return {
         "steps_per_second": 1 / cost,
-        "gigaflop": gigaflop,
-        "share": gigaflop * 1e9 / cost / matrix_rate(device),
+        "gigaflop": flop / 1e9,
+        "share": flop / cost / matrix_rate(device),
+        "kernels": kernels,
         "minutes_per_million": cost * 1e6 / 60,
         "peak_megabytes": memory,
         "evaluation_seconds": time.perf_counter() - began,

@@ -298,3 +298,9 @@ def test_speed_weighs_the_phases_by_their_share(monkeypatch):
 def test_calls_per_second_counts_what_a_call_takes():
     rate = speed.calls_per_second(lambda: time.sleep(0.02), 0.3, torch.device("cpu"))
     assert 10 < rate < 50.1  # a busy machine is slower, none is faster
+
+
+def test_operations_are_products_and_whatever_computes():
+    a, b = torch.randn(2, 4, 4)
+    flop, kernels = speed.operations(lambda: torch.relu(a.T @ b).view(2, 8).sum(), 2)
+    assert flop == 2 * 4**3 / 2 and kernels == 3 / 2  # two steps a call; views are free
