@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
+loops = pytest.mark.parametrize("module", ["bc", "sac"], indirect=True)  # the two training loops
 
 
 @pytest.fixture
@@ -167,6 +168,7 @@ def test_several_seeds_are_the_runs_one_by_one(train, capsys):
     assert order == [("5", "10"), ("2", "10"), ("5", "20"), ("2", "20")]  # they take turns
 
 
+@loops
 def test_one_seed_that_fails_leaves_the_others(train, module, monkeypatch):
     train(run_dir="alone", seed=2)
     at_update(module, monkeypatch, 1, poison)  # of all: the first seed's
@@ -246,6 +248,7 @@ def test_a_run_stopped_by_ctrl_c_goes_on_as_if_it_had_not(train):
     assert_same_run("straight", "stopped")
 
 
+@loops
 def test_ctrl_c_stops_and_saves_all_seeds(train, module, monkeypatch):
     for seed in (5, 2):
         train(run_dir=f"alone/seed{seed}", seed=seed)
