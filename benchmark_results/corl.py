@@ -141,7 +141,7 @@ class Log:
             if self.args.speed and self.steps == WARM_UP:
                 self.began = time.time()
             return
-        if self.path is None:  # --speed
+        if self.path is None or self.steps < 2:  # --speed; or DT's policy before it has learnt
             return
         low, high = self.references
         row = {"step": self.steps, "seconds": round(time.time() - self.began, 1)}
