@@ -21,6 +21,8 @@ SMALL = {"hidden_dim": 128, "learning_rate": 1e-3, "steps": 4000, "eval_every": 
 VALUE = SMALL | {"gamma": 0.97, "tau": 0.01}  # a shorter horizon suits a swing-up of 200 steps
 SEQUENCE = {"hidden_dim": 64, "layers": 2, "context": 5, "learning_rate": 1e-3}
 SEQUENCE |= {"warmup_steps": 100}
+DIFFUSION = VALUE | {"hidden_dim": 64, "batch_size": 128, "candidates": 10, "ema_rate": 0.005}
+DIFFUSION |= {"steps": 2000, "eval_every": 500}
 NARROW = "pendulum-unimodal"  # one way to swing up, and nothing of what lies beside it
 SCARCE = "pendulum-random-expert-10"  # nine transitions of ten are random
 MIXED = "pendulum-random-medium-expert"
@@ -193,18 +195,14 @@ CASES = {
     ),
     "diffusion_ql": Case(
         "diffusion_ql",
-        VALUE
-        | {"hidden_dim": 64, "batch_size": 128, "candidates": 10, "ema_rate": 0.005}
-        | {"steps": 2000, "eval_every": 500},
+        DIFFUSION,
         end=40,
         above={"bc_all": 5},
         ablations={"cloning alone": {"eta": 0.0, "candidates": 1}},
     ),
     "diffusion_ql_replay": Case(
         "diffusion_ql",
-        VALUE
-        | {"hidden_dim": 64, "batch_size": 128, "candidates": 10, "ema_rate": 0.005}
-        | {"steps": 2000, "eval_every": 500},
+        DIFFUSION,
         "pendulum-medium-replay",
         end=18,
         above={"bc_replay": 15},
@@ -213,9 +211,8 @@ CASES = {
     # Q must not choose among candidates here: it would choose the same mode everywhere.
     "diffusion_ql_modes": Case(
         "diffusion_ql",
-        VALUE
-        | {"hidden_dim": 64, "batch_size": 128, "candidates": 1, "ema_rate": 0.005, "eta": 0.1}
-        | {"diffusion_steps": 20, "steps": 3000, "eval_every": 3000},
+        DIFFUSION
+        | {"candidates": 1, "eta": 0.1, "diffusion_steps": 20, "steps": 3000, "eval_every": 3000},
         BIMODAL,
         look=rarer_mode,
         end=13,
