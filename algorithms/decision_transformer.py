@@ -488,7 +488,8 @@ class Policy(nn.Module):
             h, state = self.net(x, past[0].transpose(0, 1).contiguous() if past else None)
             h, past = h[:, keep], [state.transpose(0, 1)]
         else:
-            h = self.net(torch.cat([x.roll(1, dims=1)[:, keep], x[:, keep]], dim=-1))  # R_t, s_t
+            # s_t's token with R_t's, the one before it; the roll's wrap-around is never kept.
+            h = self.net(torch.cat([x.roll(1, dims=1)[:, keep], x[:, keep]], dim=-1))
         return torch.tanh(self.head(h)), past
 
     def forward(self, t, R, s, a):
