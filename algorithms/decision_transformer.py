@@ -386,12 +386,25 @@ def mlp(in_dim: int, hidden_dim: int, out_dim: int, hidden_layers: int = 2) -> n
     return nn.Sequential(*sum(layers, ()), nn.Linear(hidden_dim, out_dim))
 
 
+class Dropout(nn.Dropout):
+    """nn.Dropout, four times as fast on a CPU. There it draws number by number, a sixth of an
+    update's time; 16 random bits per unit do as well, and one draw has 64."""
+
+    def forward(self, x):
+        if not self.training or x.device.type != "cpu":
+            return super().forward(x)
+        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        bits = draws.view(torch.int16)[: x.numel()].view_as(x)  # from -2^15 to 2^15 - 1
+        kept = bits.ge_(round(2**16 * self.p) - 2**15).float()  # 1 with probability 1 - p, or 0
+        return x * kept.div_(1 - self.p)
+
+
 class Block(nn.Module):
     """A transformer's block: each token looks at its past, then at itself; x grows by both."""
 
     def __init__(self, dim, heads, dropout):
         super().__init__()
-        self.heads, self.dropout = heads, nn.Dropout(dropout)
+        self.heads, self.dropout = heads, Dropout(dropout)
         self.norm_1, self.norm_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.query, self.key_value = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
         self.project = nn.Linear(dim, dim)
@@ -459,7 +472,7 @@ class Policy(nn.Module):
         self.embed_action = nn.Linear(action_dim, dim)
         self.embed_time = nn.Embedding(args.max_episode_length, dim)
         nn.init.normal_(self.embed_time.weight, std=0.02)
-        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(args.dropout)
+        self.norm, self.dropout = nn.LayerNorm(dim), Dropout(args.dropout)
         if args.arch == "gpt":
             self.net = GPT(dim, args.layers, args.heads, args.dropout, 3 * args.context)
         elif args.arch == "gru":

@@ -353,6 +353,27 @@ def test_dropout_is_on_in_training_alone():
     assert agent.loss(t, R, states, a, real) != agent.loss(t, R, states, a, real)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
+def test_dropout_is_dropout(p):
+    torch.manual_seed(0)
+    dropout, x = dt.Dropout(p), torch.randn(3, 250_001, requires_grad=True)  # no multiple of 4
+    y = dropout(x)
+    kept = y != 0
+    n = x.numel()
+    deviation = (p * (1 - p) / n) ** 0.5
+    assert abs(kept.float().mean().item() - (1 - p)) <= 5 * deviation + 2**-16
+    assert torch.allclose(y[kept], x[kept] / (1 - p))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.allclose(gradient, kept / (1 - p))  # what is dropped learns nothing
+    # Units beside each other come from one number's bits, and know nothing of each other.
+    dropped = (~kept).flatten().float()
+    for gap in (1, 2, 3, 4, 8):
+        both = (dropped[gap:] * dropped[:-gap]).mean().item()
+        assert abs(both - p * p) < 5 * (p * p / n) ** 0.5 + 1e-4
+    assert not p or not torch.equal(dropout(x), y)
+    assert torch.equal(dropout.eval()(x), x)
+
+
 def test_the_step_size_warms_up_and_is_no_number():
     agent = cloner(warmup_steps=4, learning_rate=1e-2)
     rate = agent.optimizer.param_groups[0]["lr"]
