@@ -12,7 +12,7 @@ would not allow, so it stands apart). Over seeds: mean and 95 % bootstrap interv
 
 import csv
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,6 +106,27 @@ def side_by_side(runs: list[Run]) -> str:
         if any(groups):
             finals = [interval([run.final for run in group]) if group else "" for group in groups]
             lines.append(f"| {dataset} | {' | '.join(finals)} |")
+    return "\n".join(lines) + "\n"
+
+
+def every_file(runs: list[Run]) -> str:
+    """A row per file of ours, a column per data set that three seeds of several files were run on,
+    `final`. Steps are those of a file's shortest run there; its other runs are cut there."""
+    seeds = Counter((run.algorithm, run.dataset) for run in runs if run.algorithm in FILES)
+    cells = sorted(cell for cell, number in seeds.items() if number >= 3)
+    files = Counter(dataset for _, dataset in cells)
+    datasets = sorted(dataset for dataset, number in files.items() if number > 1)
+    lines = [f"| file | steps | {' | '.join(datasets)} |", f"|---|--:|{'--:|' * len(datasets)}"]
+    for name in FILES:
+        found = [run for run in runs if (run.algorithm, run.dataset) in cells]
+        found = [run for run in found if run.algorithm == name and run.dataset in datasets]
+        if found:
+            steps = min(run.steps[-1] for run in found)
+            ends = defaultdict(list)
+            for run in found:
+                ends[run.dataset].append(float(run.scores[run.steps <= steps][-5:].mean()))
+            finals = [interval(ends[dataset]) if ends[dataset] else "" for dataset in datasets]
+            lines.append(f"| {name} | {int(steps):,} | {' | '.join(finals)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -268,6 +289,7 @@ def main() -> None:
     insert(page, "calibration", calibration_table())
     short = read_runs("short")
     insert(page, "short", side_by_side(short))
+    insert(page, "every", every_file(short))
     insert(page, "corl", against_corl(runs + short))
     own = [run for run in offline if run.algorithm in FILES]
     plot(own, FOLDER / "curves.png", "gradient steps")

@@ -23,6 +23,7 @@ SEQUENCE = {"hidden_dim": 64, "layers": 2, "context": 5, "learning_rate": 1e-3}
 SEQUENCE |= {"warmup_steps": 100}
 DIFFUSION = VALUE | {"hidden_dim": 64, "batch_size": 128, "candidates": 10, "ema_rate": 0.005}
 DIFFUSION |= {"steps": 2000, "eval_every": 500}
+FLOW = VALUE | {"hidden_dim": 64, "hidden_layers": 2, "batch_size": 128, "steps": 3000}
 NARROW = "pendulum-unimodal"  # one way to swing up, and nothing of what lies beside it
 SCARCE = "pendulum-random-expert-10"  # nine transitions of ten are random
 MIXED = "pendulum-random-medium-expert"
@@ -218,6 +219,30 @@ CASES = {
         end=13,
         above={"td3_bc_modes": 13},
         ablations={"10 candidates": {"candidates": 10}, "T = 1": {"diffusion_steps": 1}},
+    ),
+    "fql": Case(
+        "fql",
+        FLOW | {"alpha": 0.1},
+        end=62,
+        above={"bc_all": 25},
+        ablations={"cloning": {"alpha": 100.0}},
+    ),
+    "fql_narrow": Case(
+        "fql",
+        FLOW | {"alpha": 1.0},
+        NARROW,
+        early=7,
+        end=6,
+        ablations={"no distillation": {"alpha": 0.0}},
+    ),
+    "fql_modes": Case(
+        "fql",
+        FLOW | {"alpha": 10.0, "eval_every": 3000},
+        BIMODAL,
+        look=rarer_mode,
+        end=9,
+        above={"td3_bc_modes": 8},
+        ablations={"one Euler step": {"flow_steps": 1}},
     ),
     "td3_bc_modes": Case("td3_bc", VALUE, BIMODAL, look=rarer_mode),
     "cvae_bcq": Case(

@@ -24,6 +24,7 @@ TINY = dict(steps=20, batch_size=16, hidden_dim=16, eval_every=10, eval_episodes
 TINY_EXTRA = {
     "a2po": dict(cvae_dim=16, cvae_min_steps=10),  # the CVAE is frozen in the middle of the run
     "flow_bc": dict(blocks=2, bins=4, candidates=4),
+    "fql": dict(hidden_layers=2),
     "cvae_bcq": dict(cvae_dim=16, policy_samples=5),
     "gan_world_model": dict(model_dim=16, model_layers=2, ensemble=2, discriminator_dim=16)
     | dict(model_steps=10, rollout_every=4, rollout_batch=8, termination="none"),

@@ -21,7 +21,7 @@ BLOCKS = {
     "twin critic": (
         "td3_bc.py",
         r"class TwinCritic\(.*?(?=\n\n\n)",
-        ("bc.py", "decision_transformer.py", "flow_bc.py", "rebrac.py", "vae_bc.py"),
+        ("bc.py", "decision_transformer.py", "flow_bc.py", "fql.py", "rebrac.py", "vae_bc.py"),
     ),
     # A policy with a memory is evaluated and filmed in its own way: decision_transformer.py.
     "evaluation": (

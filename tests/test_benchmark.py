@@ -268,6 +268,28 @@ def test_report_sets_runs_of_equal_steps_side_by_side():
     assert lines == ["| x | 10 | iql | 1 | 7.0 | 2 | 5.5 (5.0 to 6.0) |"]
 
 
+def test_report_cuts_every_file_where_its_shortest_run_ends():
+    pytest.importorskip("rliable", reason="benchmark_results/requirements.txt is not installed")
+    report = importlib.import_module("report")
+
+    def run(name, dataset, seed, steps):
+        at = np.arange(10.0, steps + 1, 10)  # the score at a step is the step
+        return report.Run(name, dataset, str(seed), at, at, 1.0)
+
+    runs = [run(name, d, s, 20) for name in ("bc", "iql") for d in "xy" for s in range(3)]
+    runs[0].steps, runs[0].scores = np.arange(10.0, 51, 10), np.arange(10.0, 51, 10)
+    runs += [run("bc", "z", s, 10) for s in range(3)] + [run("iql", "z", 0, 10)]  # one file alone
+    runs += [run("corl_iql", "x", s, 10) for s in range(3)] + [
+        run("td3_bc", "x", s, 10) for s in "12"
+    ]
+    runs += [run("a2po", "y", s, 10) for s in range(3)]
+    lines = report.every_file(runs).splitlines()
+    assert lines[0] == "| file | steps | x | y |"
+    wanted = ["| a2po | 10 |  | 10.0 |", "| bc | 20 | 15.0 | 15.0 |", "| iql | 20 | 15.0 | 15.0 |"]
+    assert lines[2:] == wanted
+    assert report.every_file([]).splitlines()[0] == "| file | steps |  |"
+
+
 def test_speed_weighs_the_phases_by_their_share(monkeypatch):
     """Three quarters of a run take 10 ms per step, the rest 1 ms for two."""
 
