@@ -110,8 +110,8 @@ def side_by_side(runs: list[Run]) -> str:
 
 
 def every_file(runs: list[Run]) -> str:
-    """A row per file of ours, a column per data set that three seeds of several files were run on,
-    `final`. Steps are those of a file's shortest run there; its other runs are cut there."""
+    """A row per file of ours, a column per data set that three seeds of several files were run on:
+    the last evaluation. Steps are those of a file's shortest run; its other runs are cut there."""
     seeds = Counter((run.algorithm, run.dataset) for run in runs if run.algorithm in FILES)
     cells = sorted(cell for cell, number in seeds.items() if number >= 3)
     files = Counter(dataset for _, dataset in cells)
@@ -124,9 +124,9 @@ def every_file(runs: list[Run]) -> str:
             steps = min(run.steps[-1] for run in found)
             ends = defaultdict(list)
             for run in found:
-                ends[run.dataset].append(float(run.scores[run.steps <= steps][-5:].mean()))
-            finals = [interval(ends[dataset]) if ends[dataset] else "" for dataset in datasets]
-            lines.append(f"| {name} | {int(steps):,} | {' | '.join(finals)} |")
+                ends[run.dataset].append(float(run.scores[run.steps <= steps][-1]))
+            shown = [interval(ends[dataset]) if ends[dataset] else "" for dataset in datasets]
+            lines.append(f"| {name} | {int(steps):,} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
 
