@@ -20,8 +20,8 @@ The paper tunes β_1 and β_2 per data set; these flags are its values for D4RL 
 
 Measured: pendulum-unimodal (demonstrations), 4,000 steps of small networks, five seeds: score 68.8,
 without both penalties -11; half a minute on one CPU thread. 10,000 steps on MuJoCo's replay data:
-HalfCheetah 38, Hopper 11, Walker2d 5; 100,000 on Hopper's: 95, where TD3+BC has 76. One seed each;
-the paper takes a million.
+HalfCheetah 38, Hopper 11, Walker2d 5; 100,000 on Hopper's: 95. One seed each; TD3+BC's
+three have 76 there on average. The paper takes a million.
 
 Differs from the paper / official code:
 - LayerNorm in the critic alone, as in the configurations behind the paper's tables.

@@ -118,15 +118,15 @@ def every_file(runs: list[Run]) -> str:
     datasets = sorted(dataset for dataset, number in files.items() if number > 1)
     lines = [f"| file | steps | {' | '.join(datasets)} |", f"|---|--:|{'--:|' * len(datasets)}"]
     for name in FILES:
-        found = [run for run in runs if (run.algorithm, run.dataset) in cells]
-        found = [run for run in found if run.algorithm == name and run.dataset in datasets]
+        shown = [dataset for dataset in datasets if (name, dataset) in cells]
+        found = [run for run in runs if run.algorithm == name and run.dataset in shown]
         if found:
             steps = min(run.steps[-1] for run in found)
             ends = defaultdict(list)
             for run in found:
                 ends[run.dataset].append(float(run.scores[run.steps <= steps][-1]))
-            shown = [interval(ends[dataset]) if ends[dataset] else "" for dataset in datasets]
-            lines.append(f"| {name} | {int(steps):,} | {' | '.join(shown)} |")
+            texts = [interval(ends[dataset]) if ends[dataset] else "" for dataset in datasets]
+            lines.append(f"| {name} | {int(steps):,} | {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
 
 
