@@ -387,7 +387,7 @@ def mlp(in_dim: int, hidden_dim: int, out_dim: int, hidden_layers: int = 2) -> n
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, four times as fast on a CPU. There it draws number by number, a sixth of an
+    """nn.Dropout, three times as fast on a CPU. There it draws number by number, a sixth of an
     update's time; 16 random bits per unit do as well, and one draw has 64."""
 
     def forward(self, x):
