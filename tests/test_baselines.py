@@ -1,5 +1,6 @@
 """What IQL, CQL and ReBRAC claim, each against an independent computation."""
 
+import copy
 import math
 
 import numpy as np
@@ -28,21 +29,22 @@ def constant_net(net, value):
 
 
 @pytest.mark.parametrize("expectile", [0.5, 0.7, 0.9])
-def test_iql_value_is_the_expectile_of_q(expectile):
+def test_iql_value_is_the_expectile_of_the_smaller_q(expectile):
     """At the loss's minimum, τ E[(Q - V)+] = (1 - τ) E[(V - Q)+] for Q drawn from anything."""
     agent = learner(iql, expectile=expectile)
-    q, s = torch.randn(4000, 1).exp(), torch.zeros(4000, S)
+    q, s, a = torch.randn(4000, 1).exp(), torch.zeros(4000, S), torch.zeros(4000, A)
+    agent.q_target = lambda *_: torch.stack([q + 1, q])
     grid = torch.linspace(0, 5, 501)
     balance = [
         expectile * (q - v).clamp(min=0).mean() - (1 - expectile) * (v - q).clamp(min=0).mean()
         for v in grid
     ]
     wanted = grid[torch.stack(balance).abs().argmin()].item()
-    losses = []
+    found = []
     for v in grid:
         constant_net(agent.v, v.item())
-        losses.append(agent.v_loss(s, q)[0])
-    assert grid[torch.stack(losses).argmin()].item() == pytest.approx(wanted, abs=0.02)
+        found.append(agent.losses(s, a, q, s, q)[0]["v"])
+    assert grid[torch.stack(found).argmin()].item() == pytest.approx(wanted, abs=0.02)
     assert wanted == pytest.approx(q.mean().item(), abs=0.02) or expectile > 0.5
 
 
@@ -52,14 +54,15 @@ def test_iql_clones_by_clipped_exponential_weights():
     agent.policy.log_sigma.data = torch.tensor([-0.5, 0.3])
     s, a = torch.randn(5, S), 2 * torch.rand(5, A) - 1
     q = torch.tensor([[-1.0], [1.0], [1.5], [3.0], [9.0]])
-    loss, u, weight = agent.policy_loss(s, a, q)
-    torch.testing.assert_close(u, q - 1)
-    torch.testing.assert_close(weight[:4, 0], torch.tensor([-4.0, 0, 1, 4]).exp())
-    assert weight[4] == 100  # e^16 without the bound
+    agent.q_target = lambda *_: torch.stack([q, q])
+    losses, metrics = agent.losses(s, a, q, s, q)
+    torch.testing.assert_close(metrics["advantage/u"], q - 1)
+    assert metrics["advantage/clipped"] == 0.2  # e^16, the last one's weight without the bound
+    weight = torch.cat([torch.tensor([-4.0, 0, 1, 4]).exp(), torch.tensor([100.0])])
     mu, _ = agent.policy(s)
     normal = distributions.Normal(mu, torch.tensor([-0.5, 0.3]).exp())
-    wanted = -(weight[:, 0] * normal.log_prob(a).sum(-1)).mean()
-    torch.testing.assert_close(loss, wanted)
+    wanted = -(weight * normal.log_prob(a).sum(-1)).mean()
+    torch.testing.assert_close(losses["policy"], wanted)
 
 
 @pytest.mark.parametrize("d", [0.0, 1.0])
@@ -67,24 +70,37 @@ def test_iql_bootstraps_from_the_value_and_asks_no_policy(d):
     agent = learner(iql, gamma=0.9)
     constant_critic(agent.q, 0, 0)
     constant_critic(agent.q_target, 50, 50)  # has no say in the target of Q
-    constant_net(agent.v, 3.0)
-    agent.policy.forward = agent.policy.act = None  # nor has the policy
+    agent.v = lambda s: 3 * s[:, :1]
+    for parameter in agent.policy.parameters():  # nor has the policy
+        parameter.data.fill_(math.nan)
     s, a, r, s_next, _ = batch(agent)
-    loss, _ = agent.q_losses(s, a, r, s_next, torch.full_like(r, d))
-    torch.testing.assert_close(loss, 2 * (r + 0.9 * (1 - d) * 3).square().mean())
+    losses, _ = agent.losses(s, a, r, s_next, torch.full_like(r, d))
+    y = r + 0.9 * (1 - d) * 3 * s_next[:, :1]
+    torch.testing.assert_close(losses["q"], 2 * y.square().mean())
 
 
-def test_iql_orders_its_steps_as_the_official_code():
-    """V first, then the policy with the new V, then Q with the new V, then Q's target."""
-    agent, calls = learner(iql), []
-    for name in ("update_v", "update_policy", "update_q", "update_target"):
-        method = getattr(agent, name)
-        setattr(agent, name, lambda *a, m=method, n=name: calls.append(n) or m(*a))
-    before = copies(agent.v)
-    inner = agent.policy_loss
-    agent.policy_loss = lambda *a: calls.append(equal(before, copies(agent.v))) or inner(*a)
+def test_iql_step_is_that_of_three_optimisers():
+    """Each network moves by its own loss alone, all three from where the step began; then the
+    target follows the new Q."""
+    agent = learner(iql, learning_rate=1e-2, tau=0.1, beta=1.0)
+    alone = copy.deepcopy(agent)
+    torch.manual_seed(1)
     agent.update()
-    assert calls == ["update_v", "update_policy", False, "update_q", "update_target"]
+    torch.manual_seed(1)
+    losses, _ = alone.losses(*alone.sample())
+    gradients = {}
+    for name in ("v", "q", "policy"):
+        parameters = list(getattr(alone, name).parameters())
+        gradients[name] = torch.autograd.grad(losses[name], parameters, retain_graph=True)
+    for name, gradient in gradients.items():
+        net = getattr(alone, name)
+        for parameter, value in zip(net.parameters(), gradient):
+            assert value.abs().max() > 0
+            parameter.grad = value
+        torch.optim.Adam(net.parameters(), lr=1e-2).step()
+        torch.testing.assert_close(copies(getattr(agent, name)), copies(net))
+    pairs = zip(copies(alone.q_target), copies(agent.q), strict=True)
+    torch.testing.assert_close(copies(agent.q_target), [0.9 * old + 0.1 * q for old, q in pairs])
 
 
 def test_iql_policy_rate_falls_along_a_cosine():
@@ -122,10 +138,24 @@ def test_cql_samples_have_the_density_they_say():
     a, log_prob = policy(s, 5)
     assert a.shape == (7, 5, A) and log_prob.shape == (7, 5, 1)
     mu, log_sigma = policy.net(s).chunk(2, dim=-1)
-    sigma = (-5 + 3.5 * (torch.tanh(log_sigma) + 1)).exp()
-    normal = distributions.Normal(mu[:, None], sigma[:, None])
+    normal = distributions.Normal(mu[:, None], log_sigma.exp()[:, None])
     wanted = distributions.TransformedDistribution(normal, distributions.TanhTransform())
     torch.testing.assert_close(log_prob[..., 0], wanted.log_prob(a).sum(-1), atol=2e-3, rtol=1e-3)
+
+
+def test_cql_begins_as_corl_does():
+    """Actions in the middle with a deviation of 1/e, critics near 0 whose layers are orthogonal."""
+    agent = learner(cql, hidden_dim=64)
+    s, a, *_ = batch(agent)
+    mu, log_sigma = agent.policy.net(agent.policy.normalise(s)).chunk(2, dim=-1)
+    assert mu.abs().max() < 0.1 and (log_sigma + 1).abs().max() < 0.1
+    assert agent.critic(s, a).abs().max() < 0.1
+    assert all(bias.abs().max() == 0 for bias in agent.critic.biases)
+    for weight in agent.critic.weights[1:3]:
+        for member in weight:
+            torch.testing.assert_close(member @ member.T, 2 * torch.eye(64), atol=1e-4, rtol=0)
+        assert not torch.equal(*weight)
+    assert equal(copies(agent.critic), copies(agent.critic_target))
 
 
 def test_cql_gap_is_a_soft_maximum_less_the_datas_q():
