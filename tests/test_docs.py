@@ -24,6 +24,7 @@ BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 # Flags of a run that logs everything a file can log.
 LOGS_MORE = {
     "a2po": dict(eval_xi=(0.0,)),
+    "bc": dict(policy="gaussian"),
     "cql": dict(lagrange=True),
     "decision_transformer": dict(target_returns=(3600.0, 1800.0)),
     "flow_bc": dict(eval_act=("mode", "zero")),
