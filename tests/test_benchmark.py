@@ -289,6 +289,11 @@ def test_report_cuts_every_file_where_its_shortest_run_ends():
     assert lines[2:] == wanted
     assert report.every_file([]).splitlines()[0] == "| file | steps |  |"
 
+    short = [run("bc", "x", 0, 10), run("iql", "y", 0, 10)]
+    long = [run(name, d, 0, 90) for name in ("bc", "iql") for d in "xz"]
+    more = [run for run in report.with_long(short, long) if run not in short]
+    assert [(run.algorithm, run.dataset, run.steps[-1]) for run in more] == [("iql", "x", 90)]
+
 
 def test_speed_weighs_the_phases_by_their_share(monkeypatch):
     """Three quarters of a run take 10 ms per step, the rest 1 ms for two."""
