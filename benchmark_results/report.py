@@ -194,7 +194,7 @@ def aggregate(runs: list[Run]) -> str:
     def iqm(x):
         return np.array([metrics.aggregate_iqm(x)])
 
-    np.random.seed(0)  # rliable draws from numpy's global generator, whichever it is given
+    np.random.seed(0)  # noqa: NPY002  (rliable draws from the global generator, whatever it gets)
     options = dict(reps=2000)
     means, ends = rliable.get_interval_estimates(scores, iqm, **options)
     pairs = {name: (scores["a2po"], x) for name, x in scores.items() if name != "a2po"}
