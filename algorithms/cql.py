@@ -17,8 +17,8 @@ were drawn with, which makes the sum an estimate of an integral over all actions
     python algorithms/cql.py --dataset hopper-medium-replay --lagrange --target-gap 5
 
 Measured: pendulum-unimodal (demonstrations), 4,000 steps of small networks, five seeds: score
-64.5, with α_cql = 0 -26.8; half a minute on one CPU thread. On hopper-medium-replay 12.6 in the last
-evaluations of 10,000 steps, three seeds; CORL's file has 12.5.
+64.5, with α_cql = 0 -26.8; half a minute on one CPU thread. On hopper-medium-replay 12.6 in the
+last evaluations of 10,000 steps, three seeds; CORL's file has 12.5.
 
 Differs from the paper / official code:
 - α_cql is 10 and the policy's rate 3e-5, three hidden layers, states normalised: CORL's choices,
