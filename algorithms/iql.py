@@ -464,7 +464,7 @@ class IQL:
         """One step of V, Q and π together. Returns detached tensors, never synchronises."""
         losses, metrics = self.losses(*self.sample())
         rate = self.anneal()
-        # No two losses share a network: their sum's gradient is each network's own.
+        # Each loss has a gradient for one network only, so their sum's are the three losses' own.
         self.optimizer.zero_grad()
         (losses["v"] + losses["policy"] + losses["q"]).backward()
         self.optimizer.step()
