@@ -16,7 +16,8 @@ import torch
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = sorted((ROOT / "algorithms").glob("*.py"))
+ALGORITHMS = Path(os.environ.get("CLEANDGM_ALGORITHMS", ROOT / "algorithms"))  # mutants.py's copy
+FILES = sorted(ALGORITHMS.glob("*.py"))
 NAMES = [path.stem for path in FILES]
 
 # A run of a second: for every file, and what a file needs on top.
@@ -37,7 +38,7 @@ def load(name: str, fresh: bool = False):
     """The module algorithms/<name>.py, by its path: the folder is no package."""
     known = f"{'fresh' if fresh else 'algorithm'}_{name}"
     if fresh or known not in sys.modules:
-        path = ROOT / "algorithms" / f"{name}.py"
+        path = ALGORITHMS / f"{name}.py"
         spec = importlib.util.spec_from_file_location(known, path)
         sys.modules[known] = importlib.util.module_from_spec(spec)  # dataclasses look there
         spec.loader.exec_module(sys.modules[known])
