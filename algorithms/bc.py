@@ -23,7 +23,6 @@ Differs from the common implementations:
 """
 
 import contextlib
-import csv
 import functools
 import hashlib
 import json
@@ -31,10 +30,9 @@ import math
 import platform
 import re
 import signal
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -223,40 +221,29 @@ def explained(what: str):
 
 
 def read_dataset(name: str) -> dict:
-    """What is in an .hdf5 or .npz file (a path, or a name in datasets/) or in a Minari data set (a
-    folder, or an id): arrays with a row per transition, and attributes."""
+    """An .hdf5 or .npz file (a path, or a name in datasets/) or a Minari data set (a folder, or an
+    id) as it is: arrays with a row per transition, and what it says of itself."""
     ours = Path(__file__).resolve().parent.parent / "datasets"
     file = next((p for p in (Path(name), ours / f"{name}.hdf5") if p.is_file()), None)
     if file:
         with np.load(file) if file.suffix == ".npz" else h5py.File(file) as found:
-            keys = f"{COLUMNS} truncations env_id {ABOUT}".split()
-            arrays = {key: found[key][()] for key in keys if key in found}
-            return {**getattr(found, "attrs", {}), **arrays}
+            keys = [key for key in f"{COLUMNS} {ABOUT} truncations env_id".split() if key in found]
+            return {**getattr(found, "attrs", {}), **{key: found[key][()] for key in keys}}
     folder = next((p for p in (name, f"{name}/data") if Path(p, "metadata.json").exists()), "")
     is_id = re.fullmatch(r"([\w-]+/)+[\w-]+-v\d+", name) or name in minari.list_local_datasets()
-    at_hand = ", ".join(sorted(path.stem for path in ours.glob("*.hdf5")))
-    way_out = (
-        f"`python datasets/make.py {name}` makes or fetches it if it is ours or D4RL's (--list)"
-    )
-    sentence = (
-        f"no such file. At hand: {at_hand}. {way_out}; a Minari id is mujoco/hopper/expert-v0."
-    )
-    check(folder or is_id, f"Data set '{name}': {sentence}")
+    there = f"at hand are {', '.join(sorted(path.stem for path in ours.glob('*.hdf5')))}"
+    make = f"`python datasets/make.py {name}` makes or fetches what is ours or D4RL's (--list)"
+    check(folder or is_id, f"No data set '{name}': {there}; {make}.")
     data = minari.MinariDataset(folder) if folder else minari.load_dataset(name, download=True)
-    spaces = data.observation_space, data.action_space
-    ok = all(isinstance(space, gym.spaces.Box) for space in spaces)
-    check(ok, f"Data set '{name}' has {spaces}: write one array of numbers for each of the two.")
-    env, episodes = getattr(data, "_eval_env_spec", None) or data.env_spec, list(data)
-    arrays = {
-        "terminals": [e.terminations for e in episodes],
-        "timeouts": [e.truncations for e in episodes],
-        "rewards": [e.rewards for e in episodes],
-        "actions": [e.actions for e in episodes],
-        "observations": [e.observations[:-1] for e in episodes],
-        "next_observations": [e.observations[1:] for e in episodes],
-    }
-    about = {"action_low": spaces[1].low, "action_high": spaces[1].high}
-    about |= {"env_id": env.to_json() if env else "none"} | data.storage.metadata
+    env, box = getattr(data, "_eval_env_spec", None) or data.env_spec, data.action_space
+    ok = all(isinstance(space, gym.spaces.Box) for space in (data.observation_space, box))
+    check(ok, f"Data set '{name}' has {data.observation_space} and {box}, not arrays of numbers.")
+    parts = [(e.terminations, e.truncations, e.rewards, e.actions, e.observations) for e in data]
+    arrays = dict(zip(COLUMNS.split(), zip(*parts)))
+    arrays["next_observations"] = [s[1:] for s in arrays["observations"]]
+    arrays["observations"] = [s[:-1] for s in arrays["observations"]]
+    about = {"action_low": box.low, "action_high": box.high} | data.storage.metadata
+    about["env_id"] = env.to_json() if env else "none"
     return about | {key: np.concatenate(parts) for key, parts in arrays.items()}
 
 
@@ -269,21 +256,20 @@ def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], di
     with explained(f"{of} cannot be read"):
         raw = read_dataset(name)
     # Every array is believed, none is guessed.
-    lacks = [key for key in "observations actions rewards terminals".split() if key not in raw]
+    lacks = {"observations", "actions", "rewards", "terminals"} - raw.keys()
     check(not lacks, f"{of} lacks {', '.join(lacks)}; it has {', '.join(raw)}.")
-    n = np.size(raw["terminals"])
+    n, discrete = np.size(raw["terminals"]), np.asarray(raw["actions"]).dtype.kind != "f"
+    check(n and not discrete, f"{of}: {'its actions are discrete' if n else 'it is empty'}.")
     raw.setdefault("timeouts", raw.get("truncations", np.zeros(n)))
     for key in [key for key in COLUMNS.split() if key in raw]:
-        v, vector = np.asarray(raw[key]), key.endswith("ons")
-        rows = n if "final" not in key else int((x["terminals"] + x["timeouts"] > 0).sum())
-        width = np.shape(raw["observations"])[1:] if "_obs" in key else v.shape[1:]
-        ok = v.shape == (rows, *width) and (v.ndim < 3 if vector else v.size == n)
-        due = f"{rows:,} rows of {'a vector' if vector else 'one number'}"
-        check(n and ok, f"{of}: '{key}' has the shape {v.shape}, not {due} each.")
-        ok = v.dtype.kind in ("f" if key == "actions" else "fiub")
-        check(ok, f"{of}: '{key}' is of type {v.dtype}, not continuous numbers.")
-        v = v.reshape(rows, -1)
-        x[key], ok = v.astype(np.float32), np.isfinite(v).all(1)
+        with explained(f"{of}: '{key}'"):
+            v, rows = np.asarray(raw[key]), n
+            if "final" in key:  # our own files hold a successor once: in the next row, or here
+                rows = int((x["terminals"] + x["timeouts"] > 0).sum())
+            width = v.shape[1] if v.ndim > 1 and key.endswith("ons") else 1
+            v = v.reshape(rows, x["observations"].shape[1] if "_obs" in key else width)
+            x[key] = v.astype(np.float32)
+        ok = np.isfinite(x[key]).all(1)
         check(ok, f"{of}: '{key}' is NaN or infinite, first in row {ok.argmin()}.")
         ok = (np.abs(v - x[key]).max(0) <= 0.01 * x[key].std(0)) | (np.ptp(x[key], 0) == 0)
         check(ok, f"{of}: float32 is too coarse for {key} {ok.argmin()}, take its mean off.")
@@ -292,32 +278,30 @@ def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], di
     # Environment, bounds and scores are the file's, unless --env-id is another environment's.
     own = raw.get("env_id", "none")
     own = own.decode() if isinstance(own, bytes) else str(own)
-    about = {key: np.ravel(raw[key]) for key in ABOUT.split() if raw.get(key) is not None}
-    about = about if own in ("none", env_id or own) else {}
     task = {"env": env_id or own, "env_id": "none", "sizes": [s.shape[1], a.shape[1]]}
-    low, high, scores = -1.0, 1.0, None
+    says = raw if own in ("none", task["env"]) else {}
+    low, high = says.get("action_low", -1.0), says.get("action_high", 1.0)
     if task["env"] != "none":
         env = make_env(task)
-        low, high, scores = env.action_space.low, env.action_space.high, SCORES.get(env.spec.name)
-        task["env_id"] = env.spec.id
-    if "ref_min_score" in about and "ref_max_score" in about:
-        scores = float(about["ref_min_score"][0]), float(about["ref_max_score"][0])
-    low, high = about.get("action_low", low), about.get("action_high", high)
-    ok = {np.size(low), np.size(high)} <= {1, a.shape[1]}
-    check(ok, f"{of} has {a.shape[1]} actions with the bounds {low} and {high}.")
-    low, high = (np.broadcast_to(np.float64(bound), a.shape[1:]) for bound in (low, high))
-    f, g, inf = np.float32(low), np.float32(high), np.float32(np.inf)  # none outside its bound
-    low = np.where(f < low, np.nextafter(f, inf), f)
-    high = np.where(g > high, np.nextafter(g, -inf), g)
+        task["env_id"], box = env.spec.id, env.action_space
+        low, high = says.get("action_low", box.low), says.get("action_high", box.high)
+        with explained(f"Environment '{env.spec.id}' fails at its first step"):
+            env.reset(seed=0), env.step(box.sample())
+    scores = [says.get("ref_min_score"), says.get("ref_max_score")]
+    task["scores"] = None if None in scores else [float(np.ravel(x)[0]) for x in scores]
+    with explained(f"{of}: bounds {low} and {high} of its actions"):
+        bounds = np.float64([np.broadcast_to(x, a.shape[1:]) for x in (low, high)])  # (2, A)
+    low, high = np.float32(bounds)  # rounded inwards: none leaves its bound
+    low += (low < bounds[0]) * np.spacing(np.abs(low))
+    high -= (high > bounds[1]) * np.spacing(np.abs(high))
     span = high - low
     check(np.isfinite(span) & (span > 0), f"{of}: its actions have the bounds {low} and {high}.")
     ok = ((a >= low - 1e-4 * span) & (a <= high + 1e-4 * span)).all(1)
     check(ok, f"{of}: an action leaves {low} to {high}, first in row {ok.argmin()}.")
 
     # A terminal ends the task, a timeout only the recording: the first alone stops the bootstrap.
-    ends = terminal | (x["timeouts"][:, 0] > 0)
+    ends, recorded = terminal | (x["timeouts"][:, 0] > 0), np.ones(n, bool)
     check(ends.any(), f"{of}: no episode ends. Mark terminals, and timeouts (or truncations).")
-    recorded = np.ones(n, bool)
     if "next_observations" not in x:  # it is the next row, but for the last one of an episode
         x["next_observations"] = np.append(s[1:], s[-1:], axis=0)
         recorded = ~ends | ("final_observations" in x)
@@ -329,19 +313,16 @@ def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], di
     episodes = np.cumsum(ends) - ends
     to_go = np.cumsum(x["rewards"][::-1], dtype=np.float64)[::-1]
     to_go -= np.append(to_go[1:], 0)[np.flatnonzero(ends)[episodes]]  # what later episodes hold
-    data = {"observations": s, "actions": (2 * (a - low) / span - 1).clip(-1, 1)}
-    data |= {"next_observations": x["next_observations"], "recorded": recorded}
-    data |= {"terminals": np.float32(terminal[:, None]), "rewards": x["rewards"]}
-    data |= {"returns_to_go": np.float32(to_go[:, None]), "episodes": episodes}
-    data = {key: array[keep] for key, array in data.items()}
-    digest = hashlib.md5(b"".join(array.tobytes() for array in data.values())).hexdigest()
+    x |= {"actions": (2 * (a - low) / span - 1).clip(-1, 1), "recorded": recorded}
+    x |= {"terminals": np.float32(terminal[:, None]), "returns_to_go": np.float32(to_go[:, None])}
+    keys = "observations actions rewards next_observations recorded terminals returns_to_go"
+    data = {key: x[key][keep] for key in keys.split()} | {"episodes": episodes[keep]}
+    task |= {"digest": hashlib.md5(b"".join(v.tobytes() for v in data.values())).hexdigest()}
     _, first, data["episodes"] = np.unique(data["episodes"], return_index=True, return_inverse=True)
     returns = data["returns_to_go"][first]
-    print(
-        f"{name}: {keep.sum():,} transitions, actions in {low} to {high}, {len(first):,} episodes"
-    )
-    print(f"of return {returns.mean():.4g} (mean), {returns.max():.4g} (best)")
-    return data, task | {"bounds": [low.tolist(), high.tolist()], "scores": scores, "data": digest}
+    print(f"{name}: {keep.sum():,} transitions, {len(first):,} episodes, actions {low} to {high};")
+    print(f"returns: {returns.mean():.4g} on average, {returns.max():.4g} at best")
+    return data, task | {"bounds": [low.tolist(), high.tolist()]}
 
 
 # ---------------------------------------------------------------------------------- Evaluation
@@ -350,20 +331,20 @@ def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], di
 def make_env(task: dict, **options) -> gym.Env:
     """The task's environment: an id, also module:Id, or a specification in JSON as Minari has."""
     sys.path += [""] * ("" not in sys.path)  # modules of the current folder, too
-    of = f"Environment '{task['env']}' (--env-id)"
+    of = f"Environment {task['env'][:50]} (--env-id)"
     with explained(of):
-        spec = EnvSpec.from_json(task["env"]) if task["env"][0] == "{" else task["env"]
-        env = gym.make(spec, **options)
+        is_json = task["env"].startswith("{")
+        env = gym.make(EnvSpec.from_json(task["env"]) if is_json else task["env"], **options)
     spaces, shapes = (env.observation_space, env.action_space), [(x,) for x in task["sizes"]]
     ok = all(isinstance(x, gym.spaces.Box) and x.shape == y for x, y in zip(spaces, shapes))
-    check(ok, f"{of} has the spaces {spaces}, the data has Boxes of {shapes}; none: no evaluation.")
+    check(ok, f"{of} has {spaces[0]} and {spaces[1]}, the data has boxes of shapes {shapes}.")
     check(env.spec.max_episode_steps, f"{of} has no time limit: register it with one.")
     return env
 
 
-def evaluate(policy, task: dict, episodes: int, seed: int, video="", limit=math.inf) -> dict:
-    """Return, length and score of a policy over some episodes, all stepped together, for `limit`
-    steps at most. The columns of all but the first of its actors have a suffix."""
+def evaluate(policy, task: dict, episodes: int, seed: int, video="") -> dict[str, float]:
+    """Return, length and score of a policy over some episodes, all stepped together; the columns
+    of all but the first of its actors have a suffix."""
     row = {}
     for suffix, act in policy.actors().items():
         mode = {"render_mode": "rgb_array"} if video and not suffix else {}
@@ -373,7 +354,7 @@ def evaluate(policy, task: dict, episodes: int, seed: int, video="", limit=math.
             if mode:  # MuJoCo without a screen needs MUJOCO_GL=egl or osmesa
                 envs[0] = gym.wrappers.RecordVideo(envs[0], str(video), disable_logger=True)
             s = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
-            while running and lengths.max() < limit:
+            while running:
                 for i, a in zip(running[:], act(s[running])):
                     s[i], reward, terminated, truncated, _ = envs[i].step(a)
                     returns[i], lengths[i] = returns[i] + reward, lengths[i] + 1
@@ -381,45 +362,26 @@ def evaluate(policy, task: dict, episodes: int, seed: int, video="", limit=math.
                         running.remove(i)
             for env in envs:
                 env.close()
-        zero, hundred = task["scores"] or (math.nan, math.nan)
-        found = {"return_mean": returns.mean(), "return_std": returns.std()}
-        found |= {"length_mean": lengths.mean()}
-        found |= {"score": 100 * (returns.mean() - zero) / (hundred - zero)}
-        row |= {key + suffix: float(value) for key, value in found.items()}
+        known = SCORES.get(envs[0].spec.name, (math.nan, math.nan))
+        zero, hundred = task["scores"] or known
+        score = 100 * (returns.mean() - zero) / (hundred - zero)
+        found = (returns.mean(), returns.std(), lengths.mean(), score)
+        keys = ("return_mean", "return_std", "length_mean", "score")
+        row |= {key + suffix: float(value) for key, value in zip(keys, found)}
     return row
-
-
-def read_checkpoint(path: str | Path, device: str) -> dict:
-    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else path
-    with explained(f"{path} is no checkpoint of {Learner.__name__}"):
-        saved = torch.load(path, map_location=device, weights_only=True)
-        check(saved["algorithm"] == Learner.__name__, f"{path} is of {saved['algorithm']}.")
-        return saved | {"args": Args(**saved["args"])}
 
 
 def load_policy(checkpoint: str | Path, device: str = "cpu", **flags) -> Policy:
     """A trained policy, ready for `policy.act(observations)`. Flags of acting may be given anew."""
-    saved = read_checkpoint(checkpoint, device)
-    policy = Policy(saved["task"], replace(saved["args"], **flags)).to(device).eval()
-    policy.load_state_dict({k[7:]: v for k, v in saved["learner"].items() if k[:7] == "policy."})
-    policy.task = saved["task"]
+    path = Path(checkpoint, "checkpoint.pt") if Path(checkpoint).is_dir() else Path(checkpoint)
+    with explained(f"{path} is no checkpoint of {Learner.__name__}"):
+        saved = torch.load(path, map_location=device, weights_only=True)
+        check(saved["algorithm"] == Learner.__name__, f"{path} is of {saved['algorithm']}.")
+        policy = Policy(saved["task"], Args(**saved["args"] | flags)).to(device).eval()
+        of_policy = {k: v for k, v in saved["learner"].items() if k.startswith("policy.")}
+        policy.load_state_dict({k[7:]: v for k, v in of_policy.items()})
+    policy.saved = saved
     return policy
-
-
-def evaluate_checkpoint(args: Args) -> dict[str, float]:
-    """--evaluate: flags of acting are obeyed, the others are the checkpoint's."""
-    asked = {k: v for k in Policy.flags if (v := getattr(args, k)) != getattr(Args, k)}
-    policy = load_policy(args.evaluate, args.device, **asked)
-    task = policy.task | ({"env": args.env_id} if args.env_id else {})
-    check(task["env"] != "none", f"--evaluate {args.evaluate}: name an environment with --env-id.")
-    if args.env_id:
-        spec = make_env(task).spec
-        task |= {"env_id": spec.id, "scores": SCORES.get(spec.name)}
-    torch.manual_seed(0)
-    video = str(Path(args.evaluate).parent / "video") if args.capture_video else ""
-    row = evaluate(policy, task, args.eval_episodes, args.seed, video)
-    print(f"{task['env_id']}  {describe(row)}  {video}")
-    return row
 
 
 # ------------------------------------------------------------------------------- Training loop
@@ -433,13 +395,25 @@ def train(args: Args) -> list[dict[str, float]]:
     with explained(f"--device {args.device}"):
         device = torch.empty(0, device=args.device).device
     cuda = [device] if device.type == "cuda" else []
-    for gpu in cuda:  # a graph is captured off the default stream
+    for gpu in cuda:
         torch.cuda.set_device(gpu)
-        torch.cuda.set_stream(torch.cuda.Stream())
+        torch.cuda.set_stream(torch.cuda.Stream())  # a graph is captured off the default stream
     torch.set_float32_matmul_precision(args.matmul_precision)
     torch.set_num_threads(args.threads)
     if args.evaluate:
-        return [evaluate_checkpoint(args)]
+        # Flags of acting are obeyed, where they are given; the others are the checkpoint's.
+        asked = {k: v for k in Policy.flags if (v := getattr(args, k)) != getattr(Args, k)}
+        policy = load_policy(args.evaluate, args.device, **asked)
+        task, other = policy.saved["task"], {"env": args.env_id, "scores": None}
+        task |= other if args.env_id not in ("", task["env"]) else {}
+        check(task["env"] != "none", f"--evaluate {args.evaluate}: its --env-id is none, give one.")
+        torch.manual_seed(0)
+        here = Path(args.evaluate)
+        here = here if here.is_dir() else here.parent
+        video = here / "video" if args.capture_video else ""
+        row = evaluate(policy, task, args.eval_episodes, args.seed, video)
+        print(f"{task['env']}{describe(row)}  {video}")
+        return [row]
     name, path = Path(__file__).stem, Path(args.dataset)
     data_name = path.stem if path.is_file() else args.dataset.strip("/").replace("/", "-")
     folder = Path(args.run_dir or f"runs/{name}/{data_name}/seed{args.seed}")
@@ -449,13 +423,13 @@ def train(args: Args) -> list[dict[str, float]]:
 
     # The data: whole episodes to train on, some others for the validation losses.
     data, task = load_dataset(args.dataset, args.env_id)
-    size = np.bincount(data["episodes"])  # (E,) rows of each episode
-    chosen = np.random.default_rng(args.seed).permutation(len(size))
-    chosen = chosen[: min(len(size) - 1, math.ceil(args.validation_fraction * len(size)))]
-    few = chosen[np.cumsum(size[chosen]) - size[chosen] < 10_000]  # enough for a mean
+    count = data["episodes"].max() + 1
+    held_out = np.random.default_rng(args.seed).permutation(count)
+    held_out = held_out[: min(count - 1, math.ceil(args.validation_fraction * count))]
+    few = held_out[: 1 + 10_000 * count // len(data["episodes"])]  # enough for a mean
     data, validation = (
         {key: torch.as_tensor(array[rows], device=device) for key, array in data.items()}
-        for rows in (~np.isin(data["episodes"], chosen), np.isin(data["episodes"], few))
+        for rows in (~np.isin(data["episodes"], held_out), np.isin(data["episodes"], few))
     )
 
     # The learner, new or where an earlier run stopped.
@@ -464,33 +438,27 @@ def train(args: Args) -> list[dict[str, float]]:
     optimizers = [x for x in vars(learner).values() if isinstance(x, torch.optim.Optimizer)]
     start, seconds, history = 0, 0.0, []
     if args.resume:
-        saved = read_checkpoint(checkpoint, args.device)
+        saved = load_policy(checkpoint, args.device).saved
         start, seconds, history = saved["step"], saved["seconds"], saved["history"]
         free = "steps eval_every eval_episodes save_every threads device matmul_precision run_dir"
         free = (*free.split(), "cuda_graph", "resume", "evaluate", "capture_video", *Policy.flags)
-        old, new = asdict(saved["args"]) | saved["task"], asdict(args) | task
+        old, new = saved["args"] | saved["task"], asdict(args) | task
         changed = [f"{key} {old[key]}" for key in old if old[key] != new[key] and key not in free]
         check(not changed, f"--resume: {checkpoint} was made with {', '.join(changed)}.")
-        check(start <= args.steps, f"--resume: {checkpoint} is at step {start:,} already.")
         learner.load_state_dict(saved["learner"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
         for restore, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), saved["rng"]):
             restore(state.cpu())
-    if task["env"] != "none" and args.eval_every:  # one step now: what fails shall fail early
-        with torch.random.fork_rng(cuda):
-            evaluate(learner.policy, task, 1, args.seed, limit=1)
 
     # The run directory: claimed at once, never taken twice.
     about = {"args": asdict(args), "task": task, "machine": platform.platform()}
-    about |= {"python": sys.version, "gpu": torch.cuda.get_device_name() if cuda else "none"}
-    for package in (torch, np, gym, minari, sys.modules.get("mujoco", np)):
-        about[package.__name__] = package.__version__
-    about["commit"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
+    about |= {"gpu": torch.cuda.get_device_name() if cuda else "none", "python": sys.version}
+    packages = torch, np, gym, minari, sys.modules.get("mujoco", np)
     with explained(f"--run-dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         with open(config, "w" if args.resume else "x") as file:
-            json.dump(about, file, indent=2)
+            json.dump(about | {x.__name__: x.__version__ for x in packages}, file, indent=2)
     writer = SummaryWriter(folder, purge_step=start + 1)
     print(f"{name}: steps {start:,} to {args.steps:,} on {device}, written to {folder}", flush=True)
 
@@ -503,69 +471,63 @@ def train(args: Args) -> list[dict[str, float]]:
         torch.save(state, folder / "checkpoint.tmp")
         (folder / "checkpoint.tmp").replace(checkpoint)  # at once: a crash leaves the old one
 
-    def interrupt(number, _):  # heard between two updates; a second one stops at once
-        interrupted.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    signals, interrupted, metrics = (signal.SIGINT, signal.SIGTERM), [], {}
-    handlers = [signal.signal(number, interrupt) for number in signals]
+    interrupted, metrics = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM):  # heard between two updates; the second at once
+        signal.signal(number, lambda *_: interrupted.append(1) if not interrupted else sys.exit(1))
     fast = functools.cache(graphed if cuda and args.cuda_graph else lambda update: update)
     began, said = time.time() - seconds, time.time()
     bar = tqdm(total=args.steps, initial=start, unit="step", disable=None)
-    try:
-        for step in range(start, args.steps + 1):
-            if step > start:
-                metrics |= {k: v.detach() for k, v in fast(learner.phase(step))().items()}
-                bar.update()
-            last, stop = step == args.steps, bool(interrupted)
-            evaluates = args.eval_every and (step % args.eval_every == 0 or last)
-            evaluates = evaluates and step > (history[-1]["step"] if history else 0)
-            saves = args.save_every and step % args.save_every == 0
-            saves = saves or evaluates or last or stop or step == 0
-            speed = (step - start) / (time.time() - began - seconds + 1e-9)
-            left = tqdm.format_interval((args.steps - step) / (speed + 1e-9))
-            if step % 500 == 0 or saves:
-                for key, value in metrics.items():
-                    ok = value.isfinite().all().item()
-                    check(ok, f"Step {step}: {key} is not finite; {checkpoint} is from before.")
-                    add = writer.add_scalar if value.numel() == 1 else writer.add_histogram
-                    add(key, value, step)
-                writer.add_scalar("charts/steps_per_second", speed, step)
-            if saves:
+    for step in range(start, args.steps + 1):
+        if step > start:
+            metrics |= {k: v.detach() for k, v in fast(learner.phase(step))().items()}
+            bar.update()
+        last, stop = step == args.steps, bool(interrupted)
+        evaluates = args.eval_every and (step % args.eval_every == 0 or last)
+        evaluates = evaluates and step > (history[-1]["step"] if history else 0)
+        saves = args.save_every and step % args.save_every == 0
+        saves = saves or evaluates or last or stop or step == 0
+        speed = (step - start) / (time.time() - began - seconds + 1e-9)
+        left = tqdm.format_interval((args.steps - step) / (speed + 1e-9))
+        if bar.disable and time.time() - said > 30:
+            said = time.time()
+            print(f"step {step:>9,}  {speed:.4g} steps/s  left {left}", flush=True)
+        if not saves and step % 500:
+            continue
+        for key, value in metrics.items():
+            ok = value.isfinite().all().item()
+            check(ok, f"Step {step}: {key} is not finite; {checkpoint} is from before.")
+            (writer.add_scalar if value.numel() == 1 else writer.add_histogram)(key, value, step)
+        writer.add_scalar("charts/steps_per_second", speed, step)
+        if saves:
+            save()
+        if evaluates:
+            row = {"step": step, "seconds": round(time.time() - began, 1)}
+            learner.eval()
+            with torch.random.fork_rng(cuda), torch.no_grad():
+                torch.manual_seed(0)  # for policies that sample; training's numbers are kept
+                if task["env"] != "none":
+                    video = folder / "video" if args.capture_video and last else ""
+                    seed = 1_000_003 * args.seed + step
+                    row |= evaluate(learner.policy, task, args.eval_episodes, seed, video)
+                losses = learner.validate(validation) if len(held_out) else {}
+            learner.train()
+            history.append(row | {f"validation/{k}": float(x) for k, x in losses.items()})
+            columns = dict.fromkeys(key for row in history for key in row)
+            lines = [columns, *([str(row.get(key, "")) for key in columns] for row in history)]
+            (folder / "eval.csv").write_text("".join(",".join(line) + "\n" for line in lines))
+            for key, value in list(history[-1].items())[2:]:
+                writer.add_scalar(key if "/" in key else f"eval/{key}", value, step)
+            best = max(row.get("return_mean", math.nan) for row in history)
+            bar.write(f"step {step:>9,}{describe(history[-1])}  best {best:.4g}  left {left}")
+            if last:
                 save()
-            if evaluates:
-                row = {"step": step, "seconds": round(time.time() - began, 1)}
-                learner.eval()
-                with torch.random.fork_rng(cuda), torch.no_grad():
-                    torch.manual_seed(0)  # for policies that sample; training's numbers are kept
-                    if task["env"] != "none":
-                        video = folder / "video" if args.capture_video and last else ""
-                        seed = 1_000_003 * args.seed + step
-                        row |= evaluate(learner.policy, task, args.eval_episodes, seed, video)
-                    losses = learner.validate(validation) if len(chosen) else {}
-                learner.train()
-                row |= {f"validation/{key}": float(value) for key, value in losses.items()}
-                history.append(row)
-                with open(folder / "eval.csv", "w", newline="") as file:
-                    table = csv.DictWriter(file, dict.fromkeys(key for x in history for key in x))
-                    table.writeheader()
-                    table.writerows(history)
-                for key in list(row)[2:]:
-                    writer.add_scalar(key if "/" in key else f"eval/{key}", row[key], step)
-                best = max(x.get("return_mean", math.nan) for x in history)
-                bar.write(f"step {step:>9,}  {describe(row)}  best {best:.4g}  left {left}")
-                if last:
-                    save()
-            elif bar.disable and time.time() - said > 30:
-                said = time.time()
-                print(f"step {step:>9,}  {speed:.4g} steps/s  left {left}", flush=True)
-            if stop and not last:
-                sys.exit(f"Saved at step {step:,}; the same command with --resume goes on.")
-    finally:
-        for number, handler in zip(signals, handlers):
-            signal.signal(number, handler)
-        writer.close()
-        bar.close()
+        if stop and not last:
+            break
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    writer.close()
+    bar.close()
+    check(last, f"Saved at step {step:,}; the same command with --resume goes on.")
     return history
 
 
@@ -573,7 +535,7 @@ def describe(row: dict) -> str:
     """Returns and scores; of a run without an environment the validation losses."""
     keys = [key for key in row if key.startswith(("return_mean", "score"))]
     keys = keys or [key for key in row if key.startswith("validation")]
-    return "  ".join(f"{key.replace('_mean', '')} {row[key]:.4g}" for key in keys)
+    return "".join(f"  {key.replace('_mean', '')} {row[key]:.4g}" for key in keys)
 
 
 def adam(of: nn.Module | list, learning_rate: float, **options) -> torch.optim.Adam:

@@ -1,8 +1,9 @@
-"""Makes this project's data sets.
+"""Makes this project's data sets, and fetches D4RL's.
 
     python datasets/make.py --list
     python datasets/make.py hopper-medium hopper-medium-expert
     python datasets/make.py all
+    python datasets/make.py hopper-medium-replay-v2
     python datasets/make.py hopper-medium --format minari
     python datasets/make.py --mix hopper-random:0.9,hopper-expert:0.1 --name hopper-random-expert-10
 
@@ -11,14 +12,22 @@ Every transition comes from a simulator. `random` takes uniformly random actions
 policy as D4RL does; `medium-replay` is SAC's replay buffer (Hopper, Pendulum: it ships) or rollouts
 of snapshots taken evenly on the way to the medium policy; `pendulum-bimodal` and `-unimodal` are
 demonstrations of a controller written down here; everything else mixes those by whole episodes.
-What is there already is never overwritten unless --overwrite says so.
+Names with -v2 are D4RL's own files: downloaded once, and written in the layout of the others with
+the ends of episodes that they leave out. What is there already is never overwritten unless
+--overwrite says so.
 """
 
+import contextlib
 import csv
+import http.client
+import os
 import sys
 import time
+import urllib.error
+import urllib.request
 import warnings
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,6 +40,7 @@ import torch
 import tyro
 from minari.data_collector import EpisodeBuffer
 from minari.storage.datasets_root_dir import get_dataset_path
+from tqdm import tqdm
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent / "algorithms"))
@@ -50,22 +60,40 @@ MIXTURES = {  # in equal numbers of transitions
 }
 LEVELS = ("random", "medium", "medium-replay", "expert", *MIXTURES)
 DEMONSTRATIONS = ("bimodal", "unimodal")  # by a controller, of Pendulum alone
-KNOWN = [f"{task}-{level}" for task in TASKS for level in LEVELS]
-KNOWN += [f"pendulum-{kind}" for kind in DEMONSTRATIONS]
+OURS = [f"{task}-{level}" for task in TASKS for level in LEVELS]
+OURS += [f"pendulum-{kind}" for kind in DEMONSTRATIONS]
 BUFFERS = ("hopper-medium-replay", "pendulum-medium-replay")  # a rollout cannot make these again
 SHIPPED = (*BUFFERS, "pendulum-random-medium-expert", "pendulum-random-expert-10")
 SHIPPED += ("pendulum-bimodal", "pendulum-unimodal")
+
+D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
+D4RL_TASKS = {  # -v4 has the dynamics and the rewards of the -v2 environments of D4RL
+    "halfcheetah": "HalfCheetah-v4",
+    "hopper": "Hopper-v4",
+    "walker2d": "Walker2d-v4",
+    "ant": "Ant-v4",
+}
+D4RL_LEVELS = ("random", "medium", "expert", "medium-replay", "medium-expert", "full-replay")
+D4RL = {  # name: file
+    f"{task}-{level}-v2": f"{task}_{level.replace('-', '_')}-v2.hdf5"
+    for task in D4RL_TASKS
+    for level in D4RL_LEVELS
+}
+KNOWN = [*OURS, *D4RL]
+
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 
-Data = dict[str, np.ndarray]  # the columns above, N rows each, actions in the environment's bounds
+# The columns above, N rows each, actions in the environment's bounds; of a mixture also `sources`,
+# the number of the part that a row is from.
+Data = dict[str, np.ndarray]
 
 
 @dataclass
 class Args:
-    """Makes data sets by name, mixes them, lists them."""
+    """Makes or fetches data sets by name, mixes them, lists them."""
 
     names: Annotated[list[str], tyro.conf.Positional] = field(default_factory=list)
-    """data sets to make, or: all"""
+    """data sets to make, or: all (of ours)"""
     list: bool = False
     """show every data set that can be made, and what is there"""
     mix: str = ""
@@ -113,8 +141,37 @@ def check_known(name: str) -> None:
     if name not in KNOWN and not path_of(name).exists():
         raise SystemExit(
             f"No data set '{name}'. There are {', '.join(TASKS)}, each with -{', -'.join(LEVELS)};"
-            f" pendulum-{', pendulum-'.join(DEMONSTRATIONS)}; other mixtures with --mix."
+            f" pendulum-{', pendulum-'.join(DEMONSTRATIONS)}; D4RL's {', '.join(D4RL_TASKS)}, each"
+            f" with -{'-v2, -'.join(D4RL_LEVELS)}-v2; other mixtures with --mix."
         )
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file: it takes the place of the old one when it is whole, or is gone."""
+    partial = path.with_suffix(".tmp")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def make_env(env_id: str) -> gym.Env:
+    with warnings.catch_warnings(action="ignore"):  # -v4 is out of date: D4RL is, too
+        return gym.make(env_id)
+
+
+def environment_of(name: str) -> str:
+    """The id of a data set's environment, by its name or, of a mixture, by its file."""
+    task = name.partition("-")[0]
+    if name in KNOWN:
+        return D4RL_TASKS[task] if name in D4RL else TASKS[task][0]
+    try:
+        with h5py.File(path_of(name)) as file:
+            return str(file.attrs["env_id"])
+    except (OSError, KeyError) as error:
+        raise SystemExit(f"{path_of(name)} names no environment: {error}") from None
 
 
 def episodes_of(data: Data) -> tuple[np.ndarray, np.ndarray]:
@@ -127,31 +184,32 @@ def episodes_of(data: Data) -> tuple[np.ndarray, np.ndarray]:
 def read(name: str) -> tuple[Data, dict]:
     """Columns and attributes of a data set."""
     with h5py.File(path_of(name)) as file:
+        if "final_observations" not in file:
+            lacks = "has no final_observations, the successors at the ends of its episodes"
+            raise SystemExit(f"{path_of(name)} {lacks}; it can be trained on, but not be copied.")
         data = {key: file[key][()] for key in COLUMNS if key != "next_observations"}
         successors = np.roll(data["observations"], -1, axis=0)
         successors[data["terminals"] | data["timeouts"]] = file["final_observations"][()]
         return data | {"next_observations": successors}, dict(file.attrs)
 
 
-def write(name: str, data: Data, task: str, how: str, seconds: float) -> None:
+def write(name: str, data: Data, env_id: str, how: str, seconds: float, **attributes) -> None:
     """A data set in D4RL's flat layout, with what a reader has to know as attributes."""
     # A successor is the next row, but for the last of an episode: storing only those keeps every
     # one of them at half the size. Readers that know nothing of it see D4RL's layout.
-    ends = data["terminals"].astype(bool) | data["timeouts"].astype(bool)
-    stored = {key: data[key] for key in COLUMNS if key != "next_observations"}
-    stored["final_observations"] = data["next_observations"][ends]
-    env = gym.make(TASKS[task][0])
-    low, high = references(task)
-    partial = path_of(name).with_suffix(".tmp")
-    with h5py.File(partial, "w") as file:
+    stored = {key: rows for key, rows in data.items() if key != "next_observations"}
+    if "next_observations" in data:
+        ends = data["terminals"].astype(bool) | data["timeouts"].astype(bool)
+        stored["final_observations"] = data["next_observations"][ends]
+    kinds = {"terminals": bool, "timeouts": bool, "sources": np.uint8}
+    space, (low, high) = make_env(env_id).action_space, references(env_id)
+    with replacing(path_of(name)) as partial, h5py.File(partial, "w") as file:
         for key, values in stored.items():
-            kind = bool if key in ("terminals", "timeouts") else np.float32
             options = dict(compression="gzip", compression_opts=9, shuffle=True)
-            file.create_dataset(key, data=values.astype(kind), **options)
-        file.attrs.update(env_id=TASKS[task][0], ref_min_score=low, ref_max_score=high)
-        file.attrs.update(action_low=env.action_space.low, action_high=env.action_space.high)
+            file.create_dataset(key, data=values.astype(kinds.get(key, np.float32)), **options)
+        file.attrs.update(env_id=env_id, ref_min_score=low, ref_max_score=high)
+        file.attrs.update(action_low=space.low, action_high=space.high, **attributes)
         file.attrs.update(description=how, seconds=round(seconds, 1))
-    partial.replace(path_of(name))
     _, returns = episodes_of(data)
     print(
         f"{name}: {len(data['rewards']):,} transitions, {len(returns):,} episodes of return"
@@ -163,7 +221,7 @@ def write(name: str, data: Data, task: str, how: str, seconds: float) -> None:
 def write_minari(name: str, overwrite: bool) -> None:
     """The same data as the local Minari data set cleandgm/<name>-v0."""
     data, attributes = read(name)
-    dataset_id, env = f"cleandgm/{name}-v0", gym.make(attributes["env_id"])
+    dataset_id, env = f"cleandgm/{name}-v0", make_env(attributes["env_id"])
     if get_dataset_path(dataset_id).exists():
         if not overwrite:
             raise SystemExit(f"Minari has {dataset_id} already; --overwrite replaces it.")
@@ -191,7 +249,7 @@ def write_minari(name: str, overwrite: bool) -> None:
             env=env,
             observation_space=gym.spaces.Box(box.low, box.high, dtype=np.float32),
             algorithm_name="controller" if name.endswith(DEMONSTRATIONS) else "SAC",
-            author="CleanDGM",
+            author="D4RL" if name in D4RL else "CleanDGM",
             ref_min_score=float(attributes["ref_min_score"]),
             ref_max_score=float(attributes["ref_max_score"]),
             description=str(attributes["description"]),
@@ -213,22 +271,26 @@ def policy_at(policies: dict, step: int) -> sac.Policy:
     """The policy that SAC had after so many environment steps."""
     state = {key: value.float() for key, value in policies["policies"][str(step)].items()}
     hidden_dim, state_dim = state["net.0.weight"].shape
-    bounds = {key: state[key] for key in ("action_low", "action_high")}
-    blank = {"observations": torch.zeros(1, state_dim), "actions": bounds["action_low"]}
-    policy = sac.Policy(blank | bounds, hidden_dim)
+    if "action_low" in state:  # the files of policies/ are older than the module `scaling`
+        state["scaling.bounds"] = torch.cat([state.pop("action_low"), state.pop("action_high")])
+        state["scaling.mean"] = torch.zeros(state_dim)
+        state["scaling.std"] = torch.ones(state_dim)
+    bounds = state["scaling.bounds"]  # (2, A)
+    task = {"sizes": [state_dim, bounds.shape[1]], "bounds": bounds.tolist()}
+    policy = sac.Policy(task, sac.Args(hidden_dim=hidden_dim))
     policy.load_state_dict(state)
     return policy
 
 
-def d4rl_references(task: str) -> tuple[float, float] | None:
-    return sac.REFERENCES.get(TASKS[task][0].split("-v")[0])
+def d4rl_references(env_id: str) -> tuple[float, float] | None:
+    return sac.SCORES.get(env_id.split("-v")[0])
 
 
-def references(task: str) -> tuple[float, float]:
+def references(env_id: str) -> tuple[float, float]:
     """Returns that score 0 and 100: D4RL's, or else a random and the expert policy's."""
-    if known := d4rl_references(task):
+    if known := d4rl_references(env_id):
         return known
-    policies = load_policies(task)
+    policies = load_policies(next(task for task in TASKS if TASKS[task][0] == env_id))
     return policies["random_return"], policies["returns"][str(policies["steps"]["expert"])]
 
 
@@ -250,7 +312,7 @@ def from_sac(args: Args) -> None:
     expert = args.expert_step or max(steps, default=0)
     _, random_returns = episodes_of(roll_out(env_id, None, min(n, 50_000), seed=12345))
     random_return = float(random_returns[:-1].mean())  # the last episode is cut
-    low, high = d4rl_references(task) or (random_return, returns.get(expert, 0))
+    low, high = d4rl_references(env_id) or (random_return, returns.get(expert, 0))
     past = [step for step in steps if returns[step] > low + (high - low) / 3]
     medium = args.medium_step or min(past, default=0)
     for level, step in (("expert", expert), ("medium", medium)):
@@ -258,7 +320,7 @@ def from_sac(args: Args) -> None:
             raise SystemExit(f"{run}: no evaluated snapshot is {level}, step {step or 'any'}.")
 
     # The replay set: SAC's own buffer, or 20 policies spread evenly over the same steps.
-    least = n if d4rl_references(task) and replay_name in BUFFERS else 0
+    least = n if d4rl_references(env_id) and replay_name in BUFFERS else 0
     replay_steps = args.replay_steps or max(medium, least)
     before = [step for step in steps if step <= replay_steps]
     spread = sorted({before[i] for i in np.linspace(0, len(before) - 1, 20).round().astype(int)})
@@ -271,10 +333,13 @@ def from_sac(args: Args) -> None:
         "random_return": random_return,
         "steps": {"medium": medium, "expert": expert, "replay": replay},
         "returns": {str(s): returns[s] for s in keep},
-        "policies": {str(s): {k: v.half() for k, v in states[s].items()} for s in keep},
+        "policies": {
+            str(s): {k: v.half() if k.startswith("net.") else v for k, v in states[s].items()}
+            for s in keep
+        },
     }
-    torch.save(policies, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    with replacing(path) as partial:
+        torch.save(policies, partial)
     print(f"{task}: medium {medium:,} of return {returns[medium]:.0f}")
     print(f"{task}: expert {expert:,} of return {returns[expert]:.0f}")
     if replay_name in BUFFERS:
@@ -284,7 +349,7 @@ def from_sac(args: Args) -> None:
         data["timeouts"][-1] = not data["terminals"][-1]
         length = f"{len(data['actions']):,}"
         how = f"the first {length} transitions of the replay buffer of algorithms/sac.py"
-        write(replay_name, data, task, how, seconds=0)
+        write(replay_name, data, env_id, how, seconds=0)
 
 
 # ------------------------------------------------------------------------------- Demonstrations
@@ -319,8 +384,9 @@ class SwingUp:
         cos, sin, velocity = observations.unbind(1)
         return (cos > 0.7) & ((sin + velocity / 15**0.5).abs() < 0.3)
 
-    def act(self, observations: torch.Tensor, sample: bool = True) -> torch.Tensor:
-        """Torques (N, 1) in [-2, 2] for observations (N, 3); `sample` adds the noise."""
+    def act(self, observations: torch.Tensor, deterministic: bool = False) -> torch.Tensor:
+        """Torques (N, 1) in [-2, 2] for observations (N, 3), without the noise if deterministic;
+        the coin is thrown all the same."""
         cos, sin, velocity = observations.unbind(1)
         ahead = torch.where(velocity < 0, -1.0, 1.0)
         energy = 0.5 * velocity.square() + 15 * (1 + cos)
@@ -330,7 +396,7 @@ class SwingUp:
         u = self.TORQUE * torch.where(self.in_band(observations), side, pump)
         balance = (-13.3 * sin - 3.3 * velocity).clamp(-self.TORQUE, self.TORQUE)
         u = torch.where(self.near_top(observations), balance, u)
-        if sample:
+        if not deterministic:
             u = u + self.NOISE * torch.randn(len(u))
         return u.clamp(-2, 2)[:, None]
 
@@ -358,7 +424,8 @@ def roll_out(
         if policy is None:
             a = vector.action_space.sample()
         else:
-            a = policy.act(torch.as_tensor(s, dtype=torch.float32), sample=True).numpy()
+            s_tensor = torch.as_tensor(s, dtype=torch.float32)
+            a = policy.act(s_tensor, deterministic=False).numpy()
         s_next, r, terminated, truncated, info = vector.step(a)
         successor, step = s_next.copy(), step + 1
         for i in np.flatnonzero(terminated | truncated):
@@ -382,23 +449,24 @@ def roll_out(
 
 
 def join(parts: list[Data]) -> Data:
-    return {key: np.concatenate([part[key] for part in parts]) for key in COLUMNS}
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
 def mix(parts: list[Data], shares: list[float], n: int, seed: int) -> Data:
     """Whole episodes of every part, in their shares of n transitions (0: the most the parts allow),
-    shuffled."""
+    shuffled; `sources` has the number of each row's part."""
     most = min(len(part["rewards"]) / share for part, share in zip(parts, shares))
     if not 0 <= n <= most:
         raise SystemExit(f"--transitions {n:,}: these parts allow {int(most):,} in these shares.")
     rng, chosen = np.random.default_rng(seed), []
-    for part, share in zip(parts, shares):
+    for number, (part, share) in enumerate(zip(parts, shares)):
         starts, returns = episodes_of(part)
         order = rng.permutation(len(returns))
         total = np.cumsum(np.diff(starts)[order])
         last = np.abs(total - share * (n or most)).argmin()  # nearest to the share
         for e in order[: last + 1]:
-            chosen.append({key: part[key][starts[e] : starts[e + 1]] for key in COLUMNS})
+            episode = {key: part[key][starts[e] : starts[e + 1]] for key in COLUMNS}
+            chosen.append(episode | {"sources": np.full(len(episode["rewards"]), number)})
     return join([chosen[i] for i in rng.permutation(len(chosen))])
 
 
@@ -406,6 +474,8 @@ def make(name: str, args: Args) -> None:
     """Makes one data set and, first, the parts it needs."""
     check_known(name)
     check_free(path_of(name), args.overwrite)
+    if name in D4RL:
+        return fetch(name)
     if name in BUFFERS or name not in KNOWN:
         how = "ships with the project: git restores it" if name in SHIPPED else "is made by --mix"
         raise SystemExit(f"{name} {how}.")
@@ -420,7 +490,7 @@ def make(name: str, args: Args) -> None:
         data = roll_out(env_id, SwingUp(coin), n, zlib.crc32(f"{name} {args.seed}".encode()))
         side = "left or right by a coin" if coin else "right"
         how = f"a controller that swings up; at energies just below the top's it pushes {side}"
-        return write(name, data, task, how, time.time() - began)
+        return write(name, data, env_id, how, time.time() - began)
     if level == "random":
         policies, steps, how = None, [0], "uniformly random actions"
     elif level == "medium-replay":
@@ -436,16 +506,16 @@ def make(name: str, args: Args) -> None:
         seed = zlib.crc32(f"{name} {step} {args.seed}".encode())  # no two share a first state
         policy = policies and policy_at(policies, step)
         parts.append(roll_out(env_id, policy, n // len(steps), seed))
-    write(name, join(parts), task, how, time.time() - began)
+    write(name, join(parts), env_id, how, time.time() - began)
 
 
 def make_mixture(name: str, shares: dict[str, float], args: Args) -> None:
     """Mixes data sets by their shares of the transitions; makes those that are missing."""
     for part in shares:
         check_known(part)
-    tasks = sorted({part.partition("-")[0] for part in shares})
-    if len(tasks) > 1:
-        raise SystemExit(f"--mix: parts of different environments ({', '.join(tasks)}).")
+    env_id, *others = sorted({environment_of(part) for part in shares})
+    if others:
+        raise SystemExit(f"--mix: parts of different environments ({env_id}, {', '.join(others)}).")
     check_free(path_of(name), args.overwrite)
     for part in shares:
         if not path_of(part).exists():
@@ -455,7 +525,8 @@ def make_mixture(name: str, shares: dict[str, float], args: Args) -> None:
     size = 0 if name in KNOWN else args.transitions
     data = mix(parts, list(shares.values()), size, args.seed)
     how = ", ".join(f"{100 * share:.4g} % {part}" for part, share in shares.items())
-    write(name, data, tasks[0], f"{how}; whole episodes, shuffled", time.time() - began)
+    how, seconds = f"{how}; whole episodes, shuffled", time.time() - began
+    write(name, data, env_id, how, seconds, source_names=",".join(shares))
 
 
 def parse_mix(text: str) -> dict[str, float]:
@@ -470,6 +541,138 @@ def parse_mix(text: str) -> dict[str, float]:
     if not min(shares.values()) > 0 or not abs(sum(shares.values()) - 1) < 1e-6:
         raise SystemExit(f"--mix {text}: the shares must be above 0 and sum to 1.")
     return shares
+
+
+# ----------------------------------------------------------------------------------------- D4RL
+
+
+def download(file_name: str) -> Path:
+    """Path of a D4RL file in the d4rl package's cache folder (D4RL_DATASET_DIR moves it), fetched
+    once from D4RL's server (D4RL_MIRROR names another). A broken transfer goes on where it broke,
+    at once or with the next command."""
+    folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
+    path, part = folder / file_name, folder / f"{file_name}.part"
+    url = (os.environ.get("D4RL_MIRROR") or D4RL_URL).rstrip("/") + "/" + file_name
+    if path.exists():
+        return path
+    print(f"{url} -> {path}", flush=True)
+    for _ in range(20):
+        had = part.stat().st_size if part.exists() else 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            transfer(url, part)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            problem = error
+            if part.exists() and part.stat().st_size > had:
+                continue  # it brought something
+            break
+        try:
+            h5py.File(part).close()  # raises OSError if the file is cut or is something else
+            return part.replace(path)
+        except OSError:
+            part.unlink()
+            problem = "what comes from there is no HDF5 file"
+            if not had:
+                break
+    kept = " (what came is kept)" if part.exists() else ""
+    raise SystemExit(
+        f"No D4RL data from {url}: {problem}. Try again later{kept}, name a mirror in D4RL_MIRROR,"
+        f" or put {file_name} into {folder} (D4RL_DATASET_DIR) by hand."
+    )
+
+
+def transfer(url: str, part: Path) -> None:
+    """Appends to `part` what it lacks of a file; begins anew where `part` is of another file or the
+    server cannot go on in the middle."""
+    had = part.stat().st_size if part.exists() else 0
+    again = min(had, 65_536)  # bytes asked for once more: they tell whether the part fits
+    request = urllib.request.Request(url, headers={"Range": f"bytes={had - again}-"} if had else {})
+    fits = True
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            length = answer.headers["Content-Length"]
+            if answer.status != 206:  # the whole file comes
+                had = again = 0
+            with open(part, "r+b" if had else "wb") as file:
+                file.seek(had - again)
+                fits = file.read(again) == answer.read(again)
+                if fits:
+                    receive(answer, file, int(length) + had - again if length else None)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # it has fewer bytes than the part
+            raise
+        fits = False
+    if not fits:
+        part.unlink()
+        transfer(url, part)
+
+
+def receive(answer, file, total: int | None) -> None:
+    """The rest of an answer, with a progress bar; on no terminal a line now and then."""
+    rare = 0.5 if sys.stderr.isatty() else 30
+    options = dict(unit="B", unit_scale=True, mininterval=rare, desc="D4RL")
+    with tqdm(total=total, initial=file.tell(), **options) as bar:
+        while block := answer.read(1 << 18):
+            file.write(block)
+            bar.update(len(block))
+    if total and file.tell() != total:
+        raise OSError(f"the transfer broke off after {file.tell():,} of {total:,} bytes")
+
+
+def fetch(name: str) -> None:
+    """One of D4RL's data sets in our layout, with the ends of episodes that its file leaves out."""
+    path, env_id, began = download(D4RL[name]), environment_of(name), time.time()
+    env = make_env(env_id)
+    sizes = {"observations": env.observation_space.shape[0], "actions": env.action_space.shape[0]}
+    sizes |= {"next_observations": sizes["observations"]}
+
+    def check(holds, what):
+        if not holds:
+            way_out = f"{path} is not D4RL's: {what}. Delete it; the same command fetches it anew."
+            raise SystemExit(way_out)
+
+    try:
+        with h5py.File(path) as file:
+            needs = ("observations", "actions", "rewards", "terminals")
+            lacks = [key for key in needs if key not in file]
+            check(not lacks, f"it lacks {', '.join(lacks)}")
+            data = {key: np.asarray(file[key]) for key in COLUMNS if key in file}
+    except (OSError, TypeError, ValueError) as error:
+        check(False, f"it cannot be read, {error}")
+    n = np.size(data["terminals"])
+    data.setdefault("timeouts", np.zeros(n))
+    for key, rows in data.items():
+        due = (n, sizes[key]) if key in sizes else (n,)
+        if "obs" in key and rows.ndim == 2 and not rows[:, due[1] :].any():
+            rows = rows[:, : due[1]]  # Ant's contact forces: zero in D4RL's files, absent in -v4
+        check(n and rows.shape == due, f"'{key}' has the shape {rows.shape}, not {due}")
+        check(rows.dtype.kind in "fiub", f"'{key}' is of type {rows.dtype}")
+        check(np.isfinite(rows).all(), f"'{key}' is NaN or infinite")
+        data[key] = rows.astype(bool if key in ("terminals", "timeouts") else np.float32)
+    data, recovered = mend(data, env.spec.max_episode_steps)
+    print(f"{name}: {recovered:,} ends of episodes recovered, which D4RL's file does not mark")
+    how = f"D4RL's {path.name}, {recovered:,} unmarked ends of episodes recovered"
+    write(name, data, env_id, how, time.time() - began)
+
+
+def mend(data: Data, limit: int) -> tuple[Data, int]:
+    """The data with a timeout wherever an episode ends unmarked, and their number: D4RL's replay
+    files leave some out. The file's last row ends an episode, too, and is not counted."""
+    s, marked = data["observations"], data["terminals"] | data["timeouts"]
+    ends = marked.copy()
+    ends[-1] = True
+    if "next_observations" in data:  # the next row is not the successor
+        ends[:-1] |= (data["next_observations"][:-1] != s[1:]).any(1)
+    else:  # the next row looks like those that episodes begin with, this one does not
+        known = data["terminals"] if data["terminals"].sum() >= 20 else marked
+        first = s[np.append(True, known[:-1])]
+        spread = np.abs(first - first.mean(0)).max(0)
+        alike = (np.abs(s - first.mean(0)) <= 1.5 * spread).all(1) & (len(first) >= 20)
+        ends[:-1] |= alike[1:] & ~alike[:-1]
+    starts = np.maximum.accumulate(np.where(np.append(True, ends[:-1]), np.arange(len(s)), 0))
+    ends |= (np.arange(len(s)) - starts + 1) % limit == 0
+    recovered = int((ends & ~marked)[:-1].sum())
+    return data | {"timeouts": ends & ~data["terminals"]}, recovered
 
 
 # -------------------------------------------------------------------------------- What is there
@@ -490,9 +693,9 @@ def show_list() -> None:
     for name in KNOWN + [name for name in there if name not in KNOWN]:
         task, _, level = name.partition("-")
         rolled = {"random": "random actions"} | dict.fromkeys(DEMONSTRATIONS, "a controller")
-        rolled = rolled.get(level, f"policies/{task}.pt, rolled out")
-        mixed = level in MIXTURES or name not in KNOWN
-        how = "ships" if name in SHIPPED else "mixture" if mixed else rolled
+        how = rolled.get(level, f"policies/{task}.pt, rolled out")
+        how = "mixture" if level in MIXTURES or name not in KNOWN else how
+        how = "ships" if name in SHIPPED else "D4RL's, downloaded" if name in D4RL else how
         line = f"{name:34}{how:32}"
         if name in there:
             with h5py.File(path_of(name)) as file:
@@ -503,10 +706,10 @@ def show_list() -> None:
 
 
 def card_table() -> str:
-    """The table of the data card, from the files that are there."""
+    """The table of the data card, from the files of ours that are there."""
     head = "data set|transitions|episodes|mean return|min|25 %|median|75 %|max|MB|s to make|how"
     lines = [f"| {head.replace('|', ' | ')} |", "|---|" + "--:|" * 10 + "---|"]
-    for name in names_there():
+    for name in [name for name in names_there() if name not in D4RL]:
         data, attributes = read(name)
         _, returns = episodes_of(data)
         numbers = [f"{len(data['rewards']):,}", f"{len(returns):,}", f"{returns.mean():.0f}"]
@@ -541,7 +744,7 @@ def main(args: Args) -> None:
     elif not args.names:
         raise SystemExit("Name a data set, or pass --list, --mix or --help.")
     everything = args.names == ["all"]
-    for name in KNOWN if everything else args.names:
+    for name in OURS if everything else args.names:
         there = path_of(name).exists() and (everything or args.format == "minari")
         if not there:
             make(name, args)
