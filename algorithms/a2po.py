@@ -17,26 +17,21 @@ but does not see the action, so Q - V is the logged action's advantage over the 
     python algorithms/a2po.py --dataset hopper-medium-replay
     python algorithms/a2po.py --dataset hopper-random-medium-expert --steps 100000 --eval-xi -1 0
 
-Measured: 100,000 steps, three seeds, final score: hopper-medium-replay 85.7 (TD3+BC 76.2, BC 14.5),
-hopper-random-medium-expert 99.6 (TD3+BC 87.0, BC 5.6); half an hour each on one CPU thread beside
-other runs, at --matmul-precision medium. 4,000 steps of small networks, five seeds, nine of ten
-transitions random (pendulum-random-expert-10): 84.8 (TD3+BC 16.8, BC 9.1).
+Measured: scores at the end (TD3+BC, BC), 100,000 steps, three seeds, half an hour on one thread at
+--matmul-precision medium: hopper-medium-replay 85.7 (76.2, 14.5), hopper-random-medium-expert 99.6
+(87.0, 5.6); 4,000 with small networks, five seeds: pendulum-random-expert-10 84.8 (16.8, 9.1).
 
 Differs from the paper / official code, which is `--tau 0.005 --cvae-dim 750 --reward-scale 100
 --xi-norm none --xi-critic q1 --kl-weight 1 --cvae-min-steps 0`:
-- τ is 0.02. Targets move at every second step: with 0.005, 20,000 steps are 50 time constants. On
-  hopper-medium-replay the first evaluation above 50 came after 20,000 to 25,000 steps (three
-  seeds), with 0.005 after 65,000 (one seed).
-- The official code multiplies rewards by 100 (the paper does not say so): Q - V is in the hundreds,
-  tanh saturates and ξ is a sign. Here σ_A, the running standard deviation of the advantage, keeps ξ
-  graded; the paper has no σ_A.
+- τ is 0.02, and as there targets move at every second step. On hopper-medium-replay the first score
+  above 50 came after 20,000 to 25,000 steps (three seeds), with 0.005 after 65,000 (one seed).
+- The code has rewards times 100, the paper does not: Q - V is in the hundreds, ξ is a sign. Here
+  σ_A, the advantage's running standard deviation, keeps ξ graded; the paper has no σ_A.
 - The CVAE has 256 units, not 750, and β is 0.5 as in BCQ: the paper gives none, the code has 1.
-- The CVAE trains for a fifth of the steps as in the paper, then it is frozen, but it trains for
-  --cvae-min-steps at least. No run above is longer than that: theirs was never frozen.
-- ξ takes the smaller critic as in the paper, the code Q_1. Here the critics have not yet made this
-  step's update, there they have.
-- As in the code, the CVAE trains beside actor and critics, not before them, and λ averages |Q_1|
-  over the policy's actions (the paper: the data's).
+- The CVAE trains beside actor and critics as in the code (the paper: before them), for a fifth of
+  the steps, but at least --cvae-min-steps. Then it is frozen; no run above was long enough for it.
+- ξ takes the smaller critic as in the paper (the code: Q_1), before this step's update (the code:
+  after it). λ averages |Q_1| over the policy's actions as in the code (the paper: the data's).
 - 5 % of the episodes are held out for validation losses (--validation-fraction 0: none).
 """
 
@@ -150,24 +145,9 @@ class Scaling(nn.Module):
         return a if isinstance(observations, torch.Tensor) else a.numpy(force=True)
 
 
-class CVAE(nn.Module):
-    """Encoder q(z | s, ξ, a) and decoder p(z, s, ξ), which returns an action in [-1, 1]."""
-
-    def __init__(self, state_dim, action_dim, latent_dim, hidden_dim):
-        super().__init__()
-        self.encoder = mlp(state_dim + 1 + action_dim, hidden_dim, 2 * latent_dim)
-        self.decoder = mlp(state_dim + 1 + latent_dim, hidden_dim, action_dim)
-
-    def encode(self, s, xi, a):
-        mu, log_sigma = self.encoder(torch.cat([s, xi, a], dim=-1)).chunk(2, dim=-1)
-        return mu, log_sigma.clamp(-4, 15)  # (B, Z) each
-
-    def decode(self, s, xi, z):
-        return torch.tanh(self.decoder(torch.cat([s, xi, z], dim=-1)))  # (B, A)
-
-
 class Policy(nn.Module):
-    """The action p(π(s, ξ), s, ξ): the actor π picks a latent in [-1, 1], the CVAE decodes it."""
+    """The actor π picks a latent z in [-1, 1], a CVAE's decoder p makes an action of it, both in
+    sight of the state s (B, S) and the condition ξ (B, 1). The encoder q serves training alone."""
 
     flags = ("eval_xi",)  # those of acting: --evaluate obeys them
 
@@ -176,16 +156,19 @@ class Policy(nn.Module):
         self.scaling, (state_dim, action_dim) = Scaling(task), task["sizes"]
         self.eval_xi, latent_dim = args.eval_xi, args.latent_dim or 2 * action_dim
         self.actor = mlp(state_dim + 1, args.hidden_dim, latent_dim)
-        self.cvae = CVAE(state_dim, action_dim, latent_dim, args.cvae_dim)
+        self.encoder = mlp(state_dim + 1 + action_dim, args.cvae_dim, 2 * latent_dim)
+        self.decoder = mlp(state_dim + 1 + latent_dim, args.cvae_dim, action_dim)
+
+    def decode(self, s, xi, z):
+        return torch.tanh(self.decoder(torch.cat([s, xi, z], dim=-1)))  # (B, A) in [-1, 1]
 
     def forward(self, s, xi, actor):
-        z = torch.tanh(actor(torch.cat([s, xi], dim=-1)))  # (B, Z)
-        return self.cvae.decode(s, xi, z)  # (B, A)
+        return self.decode(s, xi, torch.tanh(actor(torch.cat([s, xi], dim=-1))))
 
     @torch.no_grad()
     def act(self, observations, xi: float = 1.0):
         """What a user calls: one raw observation (S,) or many (N, S), NumPy or tensor -> as many
-        actions in the environment's bounds; `xi`, from -1 to 1, is how good they shall be."""
+        actions in the environment's bounds; `xi`, -1 to 1, is the advantage to ask for."""
         s = self.scaling.state(observations)
         a = self(s, torch.full_like(s[:, :1], xi), self.actor)
         return self.scaling.action(a, observations)
@@ -237,30 +220,32 @@ class A2PO(nn.Module):
         self.register_buffer("sigma_a", torch.ones((), device=device))
         self.data = self.columns(data)
         self.actor_optimizer = adam(self.policy.actor, args.learning_rate)
-        self.cvae_optimizer = adam(self.policy.cvae, args.learning_rate)
-        values = [*self.critic.parameters(), *self.v.parameters()]
-        self.critic_optimizer = adam(values, args.learning_rate)
+        cvae = nn.ModuleList((self.policy.encoder, self.policy.decoder))
+        self.cvae_optimizer = adam(cvae, args.learning_rate)
+        self.critic_optimizer = adam(nn.ModuleList((self.critic, self.v)), args.learning_rate)
 
     def columns(self, data):
-        """s (N, S), a (N, A), r (N, 1), s' (N, S), d (N, 1)."""
         state, r = self.policy.scaling.state, self.args.reward_scale * data["rewards"]
         s, s_next = state(data["observations"]), state(data["next_observations"])
         return s, data["actions"], r, s_next, data["terminals"]
 
+    def sample(self):
+        """A batch of s (B, S), a (B, A), r (B, 1), s' (B, S), d (B, 1)."""
+        i = torch.randint(len(self.data[0]), (self.args.batch_size,), device=self.data[0].device)
+        return [column[i] for column in self.data]
+
     def phase(self, step: int):
         """The update to do at this step; each of the four is a CUDA graph."""
-        acts = step % self.args.policy_delay == 0
-        if step <= max(self.args.cvae_fraction * self.args.steps, self.args.cvae_min_steps):
-            return self.update_all if acts else self.update
-        return self.update_all_frozen if acts else self.update_frozen
+        k = max(self.args.cvae_fraction * self.args.steps, self.args.cvae_min_steps)
+        if step % self.args.policy_delay == 0:
+            return self.update_all if step <= k else self.update_all_frozen
+        return self.update if step <= k else self.update_frozen
 
     def update(self, cvae=True, actor=False) -> dict[str, torch.Tensor]:
         """One step of the critics, and of what else is due. Returns tensors, never synchronises."""
-        i = torch.randint(len(self.data[0]), (self.args.batch_size,), device=self.sigma_a.device)
-        s, a, r, s_next, d = (column[i] for column in self.data)
+        s, a, r, s_next, d = self.sample()
         metrics, xi = self.update_critic(s, a, r, s_next, d)
-        if cvae:
-            metrics |= self.update_cvae(s, a, xi)
+        metrics |= self.update_cvae(s, a, xi) if cvae else {}
         if actor:
             metrics |= self.update_actor(s, a, xi)
             self.update_targets()
@@ -300,18 +285,17 @@ class A2PO(nn.Module):
 
     def condition(self, advantage):
         """ξ of the logged actions, (B, 1) in [-1, 1]."""
-        if self.args.xi == "fixed":
-            return torch.ones_like(advantage)
         xi = torch.tanh(advantage / self.sigma_a if self.args.xi_norm == "running" else advantage)
         if self.args.xi == "discrete":
-            return xi.sign() * (xi.abs() > self.args.xi_epsilon)
-        return xi
+            xi = xi.sign() * (xi.abs() > self.args.xi_epsilon)
+        return torch.ones_like(xi) if self.args.xi == "fixed" else xi
 
     def cvae_losses(self, s, a, xi):
         # Reconstruction, from a latent that the encoder draws with the action in sight.
-        mu, log_sigma = self.policy.cvae.encode(s, xi, a)  # (B, Z) each
+        mu, log_sigma = self.policy.encoder(torch.cat([s, xi, a], dim=-1)).chunk(2, dim=-1)
+        log_sigma = log_sigma.clamp(-4, 15)  # (B, Z), as μ
         z = mu + log_sigma.exp() * torch.randn_like(mu)
-        reconstruction = F.mse_loss(self.policy.cvae.decode(s, xi, z), a)
+        reconstruction = F.mse_loss(self.policy.decode(s, xi, z), a)
 
         # KL divergence from N(0, I): without it the prior's latents would mean nothing.
         kl = 0.5 * (mu.square() + (2 * log_sigma).exp() - 1) - log_sigma  # (B, Z) in nats
@@ -325,7 +309,7 @@ class A2PO(nn.Module):
 
     def update_actor(self, s, a, xi):
         # Both actions in one pass: a*(s) asks for the best, a_ξ(s) for the logged one's advantage.
-        frozen = nn.ModuleList((self.policy.cvae, self.critic)).requires_grad_(False)
+        frozen = nn.ModuleList((self.policy.decoder, self.critic)).requires_grad_(False)
         both = torch.cat([torch.ones_like(xi), xi])  # (2B, 1)
         a_star, a_xi = self.policy(torch.cat([s, s]), both, self.policy.actor).chunk(2)  # (B, A)
 
@@ -335,7 +319,6 @@ class A2PO(nn.Module):
 
         # Regularisation: at its own ξ, a logged action is the one to take.
         bc = F.mse_loss(a_xi, a)
-
         loss = -lam * q.mean() + self.args.bc_weight * bc
         minimise(self.actor_optimizer, loss)  # the gradient passes through all, it stops at π
         frozen.requires_grad_(True)
@@ -354,7 +337,7 @@ class A2PO(nn.Module):
         xi = self.condition(advantage)
         reconstruction, kl = self.cvae_losses(s, a, xi)
         z = torch.randn(8, len(s), len(kl), device=s.device)
-        decoded = self.policy.cvae.decode(s.expand(8, -1, -1), xi.expand(8, -1, -1), z)  # (8, B, A)
+        decoded = self.policy.decode(s.expand(8, -1, -1), xi.expand(8, -1, -1), z)  # (8, B, A)
         losses = {"critic": metrics["losses/critic"], "reconstruction": reconstruction}
         return losses | {"kl": kl.mean(), "spread_over_z": decoded.std(0).mean()}
 
@@ -383,7 +366,9 @@ def explained(what: str):
     try:
         yield
     except Exception as error:
-        raise SystemExit(f"{what}: {error or repr(error)}") from error
+        raise SystemExit(
+            f"{what}: {str(error).strip().split(chr(10))[0] or repr(error)}"
+        ) from error
 
 
 def read_dataset(name: str) -> dict:
@@ -445,7 +430,7 @@ def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], di
     own = raw.get("env_id", "none")
     own = own.decode() if isinstance(own, bytes) else str(own)
     task = {"env": env_id or own, "env_id": "none", "sizes": [s.shape[1], a.shape[1]]}
-    says = raw if own in ("none", task["env"]) else {}
+    says = raw if own == "none" or env_id in ("", "none", own) else {}
     low, high = says.get("action_low", -1.0), says.get("action_high", 1.0)
     if task["env"] != "none":
         env = make_env(task)
@@ -555,7 +540,8 @@ def load_policy(checkpoint: str | Path, device: str = "cpu", **flags) -> Policy:
 
 def train(args: Args) -> list[dict[str, float]]:
     """Trains one run, or with --evaluate looks at one. Returns its evaluations, oldest first."""
-    for flag, low in dict(seed=0, steps=1, batch_size=1, eval_every=0, eval_episodes=1).items():
+    least = dict(seed=0, steps=1, batch_size=1, threads=1, eval_every=0, eval_episodes=1)
+    for flag, low in least.items():
         check(getattr(args, flag) >= low, f"--{flag.replace('_', '-')} must be {low} or more.")
     check(0 <= args.validation_fraction < 1, "--validation-fraction is a share, 0 to below 1.")
     with explained(f"--device {args.device}"):

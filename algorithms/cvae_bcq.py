@@ -19,7 +19,7 @@ Q-learning over all actions.
     python algorithms/cvae_bcq.py --dataset pendulum-random-medium-expert --steps 2000 --gamma 0.97
 
 Measured: pendulum-random-medium-expert, 2,000 steps of small networks, five seeds: score 89.9; with
-β = 0 48.1, with one candidate and Φ = 0 43.7; half a minute on one CPU thread.
+β = 0 48.1, with one candidate and Φ = 0 43.7.
 
 Differs from the paper / official code:
 - States are z-scored; critics and ξ have two layers of 256 units, as in this project's other files
@@ -28,27 +28,21 @@ Differs from the paper / official code:
   official code draws anew at every step.
 - ξ's step does not differentiate the decoder, whose gradients the official code throws away.
 - The two critics are one batched network, which costs fewer and larger matrix products.
+- 5 % of the episodes are held out for validation losses (--validation-fraction 0: none).
 """
 
+import contextlib
 import copy
-import csv
 import functools
-import http.client
-import importlib.metadata
+import hashlib
 import json
 import math
-import os
 import platform
 import re
-import shutil
 import signal
-import subprocess
 import sys
-import threading
 import time
-import zipfile
-from collections.abc import Generator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -60,6 +54,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from gymnasium.envs.registration import EnvSpec
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -70,295 +65,37 @@ from tqdm import tqdm
 class Args:
     """BCQ: Q chooses among actions that a CVAE of the data proposes."""
 
-    kl_weight: float = 0.5
-    """β, weight of the CVAE's KL term"""
-    latent_clip: float = 0.5
-    """c, bound of the latents when actions are proposed, in the prior's deviations; inf: none"""
-    phi: float = 0.05
-    """Φ, bound of the perturbation, in scaled action units; 2 reaches every action"""
-    lam: float = 0.75
-    """λ, weight of the smaller critic in the target; 1 is clipped double Q-learning"""
-    target_samples: int = 10
-    """n, candidates per next state in the target"""
-    policy_samples: int = 100
-    """candidates per state when acting"""
-    cvae_dim: int = 750
-    """units in each of the two hidden layers of the CVAE's encoder and decoder"""
-    latent_dim: int = 0
-    """dimensions of z; 0: twice the action's"""
-    gamma: float = 0.99
-    """discount per step"""
-    tau: float = 0.005
-    """share of the new parameters in a target network's update"""
-    steps: int = 1_000_000
-    """gradient steps"""
-    batch_size: int = 256
-    """transitions per gradient step"""
-    hidden_dim: int = 256
-    """units in each of the two hidden layers of ξ and of the critics"""
-    learning_rate: float = 1e-3
-    """Adam's step size: CVAE, critics and ξ"""
+    kl_weight: float = 0.5  # β, weight of the CVAE's KL term
+    latent_clip: float = 0.5  # c, bound of the latents that actions are proposed from; inf: none
+    phi: float = 0.05  # Φ, bound of the perturbation, in scaled actions; 2 reaches every action
+    lam: float = 0.75  # λ, weight of the smaller critic in the target; 1: clipped double Q-learning
+    target_samples: int = 10  # n, candidates per next state in the target
+    policy_samples: int = 100  # candidates per state when acting; a checkpoint has their latents
+    cvae_dim: int = 750  # units in each of the two hidden layers of encoder and decoder
+    latent_dim: int = 0  # dimensions of z; 0: twice the action's
+    gamma: float = 0.99  # discount per step
+    tau: float = 0.005  # share of the new parameters in a target network's update
+    steps: int = 1_000_000  # gradient steps
+    batch_size: int = 256  # transitions per gradient step
+    hidden_dim: int = 256  # units in each of the two hidden layers of ξ and of the critics
+    learning_rate: float = 1e-3  # Adam's step size: CVAE, critics and ξ
 
     # The run: the same flags in every file.
-    dataset: str = "hopper-medium-replay"
-    """a name (ours), a name with -v2 (D4RL's), a Minari id, or a path to .hdf5, .npz or Minari"""
-    env_id: str = ""
-    """evaluation environment, also module:Id; empty: the dataset's; none: validation losses only"""
-    seed: int = 0
-    """seed of the networks, the batches and the evaluation"""
-    seeds: tuple[int, ...] = ()
-    """several seeds in one process, in run_dir/seed<k> each, the same as one by one"""
-    eval_every: int = 5000
-    """gradient steps between evaluations; the last step is always evaluated"""
-    eval_episodes: int = 10
-    """episodes per evaluation, all stepped together"""
-    validation_fraction: float = 0.05
-    """share of the episodes kept out of training, for the validation losses"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps; auto takes a GPU if there is one"""
-    matmul_precision: Literal["highest", "high", "medium"] = "high"
-    """float32 products: high is TF32 on CUDA, medium is bfloat16 also on CPUs that have AMX"""
-    compile: bool = False
-    """fuse the update's kernels with torch.compile"""
-    cuda_graph: bool = True
-    """on CUDA: capture the whole update in a graph; same numbers, far fewer launches"""
-    run_dir: str = ""
-    """where everything is written; empty: runs/<algorithm>/<dataset>/seed<seed>"""
-    resume: bool = False
-    """continue from the checkpoint in the run directory"""
-    save_every: int = 50_000
-    """gradient steps between checkpoints; the last step and Ctrl-C save too"""
-    evaluate: str = ""
-    """path of a checkpoint: evaluate it, no training"""
-    capture_video: bool = False
-    """record one evaluation episode as MP4 at the end"""
-
-
-# ------------------------------------------------------------------------------------- Dataset
-
-D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
-REFERENCES = {  # D4RL's returns of a random and of an expert policy: scores 0 and 100
-    "HalfCheetah": (-280.178953, 12135.0),
-    "Hopper": (-20.272305, 3234.3),
-    "Walker2d": (1.629008, 4592.3),
-    "Ant": (-325.6, 3879.7),
-}
-
-
-@dataclass
-class Dataset:
-    """N transitions, episode after episode. To bring arrays of your own, fill one of these."""
-
-    name: str
-    source: str
-    env_id: str  # where to evaluate; "none": nowhere
-    observations: np.ndarray  # (N, S) float32
-    actions: np.ndarray  # (N, A) float32, scaled to [-1, 1] from the bounds below
-    rewards: np.ndarray  # (N, 1) float32
-    next_observations: np.ndarray  # (N, S) float32, the successor, also at an episode's end
-    terminals: np.ndarray  # (N, 1) float32: 1 where the task ended, so that nothing follows
-    ends: np.ndarray  # (N,) bool: last step of an episode, by a terminal or by a time limit
-    action_low: np.ndarray  # (A,) float32
-    action_high: np.ndarray  # (A,) float32
-    references: tuple[float, float]  # returns that score 0 and 100; NaN where there are none
-
-    def __post_init__(self):
-        self.episodes = np.cumsum(self.ends) - self.ends  # (N,) the number of each row's episode
-        self.returns = np.bincount(self.episodes, weights=self.rewards[:, 0])  # (E,)
-
-    def tensors(self, rows: np.ndarray, device: torch.device) -> dict[str, torch.Tensor]:
-        """What a learner is given: the chosen rows of every array, and the bounds, (1, A) each."""
-        names = ("observations", "actions", "rewards", "next_observations", "terminals", "episodes")
-        arrays = {name: getattr(self, name)[rows] for name in names}
-        arrays |= {"action_low": self.action_low[None], "action_high": self.action_high[None]}
-        return {name: torch.as_tensor(array, device=device) for name, array in arrays.items()}
-
-
-def load_dataset(name: str, env_id: str = "") -> Dataset:
-    """Finds, downloads, reads and checks a data set; raises SystemExit with one clear sentence."""
-
-    def refuse(what):
-        raise SystemExit(f"Data set '{name}': {what}")
-
-    # Where it is: a path, a file of ours, one of D4RL's, one of Minari's.
-    places = [Path(__file__).resolve().parents[1] / "datasets", Path("datasets")]
-    paths = [path for path in (Path(name), *(p / f"{name}.hdf5" for p in places)) if path.exists()]
-    d4rl = re.fullmatch("(halfcheetah|hopper|walker2d|ant)-([a-z-]+)-v2", name)
-    if paths:
-        raw, meta = (read_minari if paths[0].is_dir() else read_flat)(paths[0])
-        source = str(paths[0])
-    elif d4rl:
-        raw, meta = read_flat(download(f"{d4rl[1]}_{d4rl[2].replace('-', '_')}-v2.hdf5"))
-        task = next(key for key in REFERENCES if key.lower() == d4rl[1])
-        meta["env_id"], source = f"{task}-v4", "D4RL"  # -v4 has the dynamics of D4RL's -v2
-    elif re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", name):
-        (raw, meta), source = read_minari(name), "Minari"
-    else:
-        known = sorted({file.stem for place in places for file in place.glob("*.hdf5")})
-        refuse(
-            f"no such file or name. At hand: {', '.join(known) or 'none'}. `python datasets/make.py"
-            f" --list` shows those it can make; hopper-medium-v2 is D4RL's, ids like"
-            f" mujoco/hopper/expert-v0 are Minari's."
-        )
-
-    # What the file says of its environment; the environment itself knows better.
-    env_id = env_id or meta.get("env_id", "none")
-    low, high, limit = meta.get("action_low", -1.0), meta.get("action_high", 1.0), None
-    if env_id != "none":
-        env = make_env(env_id)
-        low, high, limit = env.action_space.low, env.action_space.high, env.spec.max_episode_steps
-        dims = env.observation_space.shape, env.action_space.shape
-        env.close()
-    reference = REFERENCES.get(env_id.split("-v")[0], (math.nan, math.nan))
-    reference = meta.get("ref_min_score", reference[0]), meta.get("ref_max_score", reference[1])
-
-    # Whether it can be learnt from.
-    missing = {"observations", "actions", "rewards", "terminals"} - raw.keys()
-    if missing:
-        refuse(f"it lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(raw)) or 'none'}.")
-    n = len(raw["observations"])
-    if n == 0:
-        refuse("it is empty.")
-    if np.issubdtype(raw["actions"].dtype, np.integer):
-        refuse("its actions are discrete (integers), this algorithm needs continuous ones.")
-    raw.setdefault("timeouts", np.zeros(n))
-    last = (raw["terminals"] > 0) | (raw["timeouts"] > 0)
-    rows = {key: n for key in ("observations", "actions", "rewards", "terminals", "timeouts")}
-    rows |= {"next_observations": n} if "next_observations" in raw else {}
-    rows |= {"final_observations": last.sum()} if "final_observations" in raw else {}
-    for key, number in rows.items():
-        if len(raw[key]) != number:
-            refuse(f"'{key}' has {len(raw[key])} rows, 'observations' has {n} ({number} due).")
-        raw[key] = raw[key].reshape(number, -1).astype(np.float32)
-        if "observations" in key and raw[key].shape[1:] != raw["observations"].shape[1:]:
-            refuse(f"'{key}' has rows of another size than 'observations'.")
-        bad = ~np.isfinite(raw[key]).all(axis=1)
-        if bad.any():
-            refuse(f"'{key}' is NaN or infinite, first at index {bad.argmax()}.")
-    s, a, terminals = raw["observations"], raw["actions"], raw["terminals"][:, 0] > 0
-    if env_id != "none" and (s.shape[1:], a.shape[1:]) != dims:
-        shapes = f"states {s.shape[1:]} and actions {a.shape[1:]}, {env_id} has {dims}"
-        refuse(f"it has {shapes}; name its environment with --env-id.")
-    low, high = (np.broadcast_to(np.float32(x), a.shape[1:]).copy() for x in (low, high))
-    if not np.isfinite(high - low).all():
-        refuse(f"the actions of {env_id} are bounded by {low} and {high}; they must be finite.")
-    outside = ((a < low - 1e-4) | (a > high + 1e-4)).any(axis=1)
-    if outside.any():
-        i = outside.argmax()
-        refuse(f"action {a[i]} at index {i} is outside the bounds {low} to {high}.")
-
-    if "final_observations" in raw:  # our files hold a successor once: in the next row, or here
-        if not last.reshape(n)[-1]:
-            refuse("its last row is no episode's end, so 'final_observations' cannot be placed.")
-        raw["next_observations"] = np.append(s[1:], s[-1:], axis=0)
-        raw["next_observations"][last.reshape(n)] = raw["final_observations"]
-
-    # Where its episodes end. A terminal is the task's end, a timeout only the recording's: what
-    # masks the bootstrap is the terminal alone, and nothing reaches across either.
-    ends = terminals | (raw["timeouts"][:, 0] > 0)
-    ends |= breaks(s, raw.get("next_observations"), terminals)
-    starts = np.maximum.accumulate(np.where(np.append(True, ends[:-1]), np.arange(n), 0))
-    ends |= (np.arange(n) - starts + 1) % (limit or n + 1) == 0
-    keep = np.ones(n, bool)
-    if "next_observations" not in raw:  # it is the next row; a timeout has none here, so drop it
-        raw["next_observations"] = np.append(s[1:], s[-1:], axis=0)
-        keep = terminals | ~ends
-        if not keep.any():
-            refuse("none of its rows has a successor.")
-        ends[:-1] |= ~keep[1:]
-    return Dataset(
-        name=Path(name).stem if Path(name).suffix else name.rstrip("/"),
-        source=source,
-        env_id=env_id,
-        observations=s[keep],
-        actions=(2 * (a[keep] - low) / (high - low) - 1).clip(-1, 1),
-        rewards=raw["rewards"][keep],
-        next_observations=raw["next_observations"][keep],
-        terminals=np.float32(terminals[keep, None]),
-        ends=ends[keep],
-        action_low=low,
-        action_high=high,
-        references=(float(reference[0]), float(reference[1])),
-    )
-
-
-def breaks(s, s_next, terminals):
-    """Rows (N,) that the next row does not follow, whatever the file says: D4RL's medium-replay
-    files leave out some timeouts."""
-    if s_next is not None:
-        return np.append(np.any(s_next[:-1] != s[1:], axis=1), True)
-    # Without successors: the row before one that looks like those that episodes begin with.
-    first = s[np.append(True, terminals[:-1])]
-    spread = np.abs(first - first.mean(0)).max(0)
-    alike = (np.abs(s - first.mean(0)) <= 1.5 * spread).all(1) & (len(first) >= 20)
-    return np.append(alike[1:] & ~alike[:-1], True)
-
-
-def read_flat(path: Path) -> tuple[dict[str, np.ndarray], dict]:
-    """Arrays and attributes of an .hdf5 or .npz file in D4RL's flat layout."""
-    try:
-        if path.suffix == ".npz":
-            with np.load(path) as file:
-                return dict(file), {}
-        with h5py.File(path) as file:
-            arrays = {key: item[()] for key, item in file.items() if isinstance(item, h5py.Dataset)}
-            return arrays, dict(file.attrs)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise SystemExit(f"{path} cannot be read as .hdf5 or .npz: {error}") from None
-
-
-def read_minari(name: str | Path) -> tuple[dict[str, np.ndarray], dict]:
-    """Arrays and attributes of a Minari data set, by folder or by id (downloaded if need be)."""
-    try:
-        if isinstance(name, Path):
-            data = minari.MinariDataset(name / "data" if (name / "data").is_dir() else name)
-        else:
-            data = minari.load_dataset(name, download=True)
-        episodes = list(data.iterate_episodes())
-        columns = {
-            "observations": [episode.observations[:-1] for episode in episodes],
-            "next_observations": [episode.observations[1:] for episode in episodes],
-            "actions": [episode.actions for episode in episodes],
-            "rewards": [episode.rewards for episode in episodes],
-            "terminals": [episode.terminations for episode in episodes],
-            "timeouts": [episode.truncations for episode in episodes],
-        }
-        env_id = {"env_id": data.spec.env_spec.id} if data.spec.env_spec else {}
-        return {k: np.concatenate(v) for k, v in columns.items()}, data.storage.metadata | env_id
-    except Exception as error:  # no network, no such id, observations that are no flat array ...
-        raise SystemExit(f"Minari cannot load '{name}': {error!r}") from None
-
-
-def download(file_name: str) -> Path:
-    """Path of a D4RL file in the d4rl package's cache folder (D4RL_DATASET_DIR moves it), fetched
-    once from D4RL's server (D4RL_MIRROR names another) and begun anew after a broken transfer."""
-    folder = Path(os.environ.get("D4RL_DATASET_DIR", Path.home() / ".d4rl" / "datasets"))
-    path, part = folder / file_name, folder / f"{file_name}.part"
-    url = os.environ.get("D4RL_MIRROR", D4RL_URL).rstrip("/") + "/" + file_name
-    folder.mkdir(parents=True, exist_ok=True)
-    problem = None
-    for _ in range(0 if path.exists() else 3):
-        try:
-            torch.hub.download_url_to_file(url, str(part))  # shows a progress bar
-            h5py.File(part).close()  # raises OSError if the file is cut or is something else
-            return part.rename(path)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            problem = error
-    if problem is not None:
-        hint = f"name a mirror in D4RL_MIRROR, or put the file into {folder} by hand"
-        raise SystemExit(f"No D4RL data from {url}: {problem}. Try again later, {hint}.")
-    return path
-
-
-def make_env(env_id: str, **options) -> gym.Env:
-    """`gym.make`, with one clear sentence for what can go wrong."""
-    try:
-        env = gym.make(env_id, **options)
-    except (gym.error.Error, ImportError) as error:
-        raise SystemExit(f"Environment '{env_id}' (--env-id) cannot be made: {error}") from None
-    if not all(isinstance(x, gym.spaces.Box) for x in (env.action_space, env.observation_space)):
-        raise SystemExit(f"Environment '{env_id}' (--env-id): not all spaces are Box (continuous).")
-    return env
+    dataset: str = "hopper-medium-replay"  # one of datasets/, a Minari id, or a path (.hdf5, .npz)
+    env_id: str = ""  # where to evaluate, also module:Id; empty: the data's; none: nowhere
+    seed: int = 0  # seed of the networks, the batches, the held-out episodes and the evaluation
+    eval_every: int = 5000  # gradient steps between evaluations, the last step's is one; 0: never
+    eval_episodes: int = 10  # episodes per evaluation, all stepped together
+    validation_fraction: float = 0.05  # share of the episodes held out, for validation losses
+    threads: int = 1  # CPU threads; small networks gain little from more, other runs lose much
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1 or mps
+    matmul_precision: Literal["highest", "high", "medium"] = "high"  # medium: bfloat16, with AMX
+    cuda_graph: bool = True  # on CUDA, replay each update as one graph: same numbers, less waiting
+    run_dir: str = ""  # where everything is written; empty: runs/<algorithm>/<dataset>/seed<seed>
+    resume: bool = False  # continue from the checkpoint in the run directory
+    save_every: int = 50_000  # gradient steps between checkpoints; evaluations, the end, Ctrl-C too
+    evaluate: str = ""  # a checkpoint or its folder: evaluate its policy, no training
+    capture_video: bool = False  # record an episode of the last evaluation as MP4
 
 
 # ------------------------------------------------------------------------------------ Networks
@@ -368,6 +105,32 @@ def mlp(in_dim: int, hidden_dim: int, out_dim: int, hidden_layers: int = 2) -> n
     sizes = [in_dim] + [hidden_dim] * hidden_layers
     layers = [(nn.Linear(i, o), nn.ReLU(inplace=True)) for i, o in zip(sizes[:-1], sizes[1:])]
     return nn.Sequential(*sum(layers, ()), nn.Linear(hidden_dim, out_dim))
+
+
+class Scaling(nn.Module):
+    """Between the environment's units and the networks': whoever has the policy has it too."""
+
+    def __init__(self, task):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(task["sizes"][0]))
+        self.register_buffer("std", torch.ones(task["sizes"][0]))
+        self.register_buffer("bounds", torch.tensor(task["bounds"]))  # (2, A)
+
+    def fit(self, observations):
+        self.mean.copy_(observations.mean(0))
+        self.std.copy_(observations.std(0, correction=0) + 1e-3)
+
+    def state(self, observations):
+        """Normalised states (N, S) of one observation (S,) or many, NumPy or tensor."""
+        s = torch.as_tensor(observations, dtype=torch.float32, device=self.mean.device)
+        return (s.reshape(-1, len(self.mean)) - self.mean) / self.std
+
+    def action(self, a, observations):
+        """Actions in the environment's bounds, of the shape and the kind of the observations."""
+        low, high = self.bounds
+        a = torch.clamp(low + 0.5 * (a + 1) * (high - low), low, high)  # rounding may leave them
+        a = a.reshape(*np.shape(observations)[:-1], -1)
+        return a if isinstance(observations, torch.Tensor) else a.numpy(force=True)
 
 
 class CVAE(nn.Module):
@@ -413,92 +176,88 @@ class Policy(nn.Module):
     """π(s): of some actions that the CVAE proposes and ξ perturbs, the one that Q_1 likes best. So
     the critics are part of the policy."""
 
-    def __init__(self, data, args):
+    flags = ()  # those of acting: --evaluate obeys them
+
+    def __init__(self, task, args):
         super().__init__()
-        # Normalisation belongs to the policy, so that whoever has the policy has it too.
-        self.register_buffer("state_mean", data["observations"].mean(0))
-        self.register_buffer("state_std", data["observations"].std(0, correction=0) + 1e-3)
-        self.register_buffer("action_low", data["action_low"])
-        self.register_buffer("action_high", data["action_high"])
-        state_dim, action_dim = len(self.state_mean), self.action_low.shape[1]
+        self.scaling, (state_dim, action_dim) = Scaling(task), task["sizes"]
         self.latent_dim = args.latent_dim or 2 * action_dim
         self.latent_clip, self.phi = args.latent_clip, args.phi
         self.cvae = CVAE(state_dim, action_dim, self.latent_dim, args.cvae_dim)
         self.xi = mlp(state_dim + action_dim, args.hidden_dim, action_dim)
-        self.q = TwinCritic(state_dim, action_dim, args.hidden_dim)
+        self.critic = TwinCritic(state_dim, action_dim, args.hidden_dim)
         # The latents with which it acts, always the same: π is a function of the state.
         self.register_buffer("z", self.sample_latents(args.policy_samples))
 
-    def normalise(self, observations):
-        return (observations - self.state_mean) / self.state_std
-
     def sample_latents(self, n):
         """From the prior, its tails clipped: what they decode to is rare in the data, or wrong."""
-        z = torch.randn(n, self.latent_dim, device=self.state_mean.device)
+        z = torch.randn(n, self.latent_dim, device=self.scaling.mean.device)
         return z.clamp(-self.latent_clip, self.latent_clip)  # (n, Z)
 
-    def perturb(self, s, a, xi=None):
-        xi = torch.tanh((xi or self.xi)(torch.cat([s, a], dim=-1)))  # (B, A)
-        return (a + self.phi * xi).clamp(-1, 1)
+    def perturb(self, s, a, xi):
+        """Actions (B, A), each moved by at most Φ; `xi` is ξ or its target network."""
+        moved = torch.tanh(xi(torch.cat([s, a], dim=-1)))  # (B, A)
+        return (a + self.phi * moved).clamp(-1, 1)
 
     @torch.no_grad()
-    def act(self, observations: torch.Tensor) -> torch.Tensor:
-        """What a user calls: raw observations (N, S) -> actions (N, A) in the environment's
-        bounds."""
-        n = len(self.z)
-        s = self.normalise(observations).repeat_interleave(n, dim=0)  # (N n, S)
-        a = self.perturb(s, self.cvae.decode(s, self.z.repeat(len(observations), 1)))  # (N n, A)
-        best = self.q(s, a, members=1).view(-1, n, 1).argmax(1, keepdim=True)  # (N, 1, 1)
+    def act(self, observations):
+        """What a user calls: one raw observation (S,) or many (N, S), NumPy or tensor -> as many
+        actions in the environment's bounds."""
+        s, n = self.scaling.state(observations), len(self.z)
+        s_n = s.repeat_interleave(n, dim=0)  # (N n, S)
+        a = self.cvae.decode(s_n, self.z.repeat(len(s), 1))
+        a = self.perturb(s_n, a, self.xi)  # (N n, A)
+        best = self.critic(s_n, a, members=1).view(-1, n, 1).argmax(1, keepdim=True)  # (N, 1, 1)
         a = a.view(-1, n, a.shape[1]).take_along_dim(best, dim=1)[:, 0]  # (N, A)
-        return self.action_low + 0.5 * (a + 1) * (self.action_high - self.action_low)
+        return self.scaling.action(a, observations)
+
+    def actors(self) -> dict:
+        """What to evaluate, by suffix of its columns; the first one is the result."""
+        return {"": self.act}
 
 
 # ----------------------------------------------------------------------------------- Algorithm
 
 
-class BCQ:
-    """The learner. All it needs lives on the data's device, so one update is one CUDA graph."""
+class BCQ(nn.Module):
+    """The learner: its parameters and buffers are what a checkpoint holds."""
 
-    def __init__(self, data: dict[str, torch.Tensor], args: Args):
-        for flag, good, wanted in (
-            ("lam", 0 <= args.lam <= 1, "a weight from 0 to 1"),
-            ("phi", args.phi >= 0, "a bound of 0 or more"),
-            ("latent_clip", args.latent_clip >= 0, "a bound of 0 or more, inf for none"),
-            ("kl_weight", args.kl_weight >= 0, "a weight of 0 or more"),
-            ("target_samples", args.target_samples >= 1, "at least 1 candidate"),
-            ("policy_samples", args.policy_samples >= 1, "at least 1 candidate"),
-        ):
-            if not good:
-                name = "--" + flag.replace("_", "-")
-                raise SystemExit(f"{name} {getattr(args, flag)}: it must be {wanted}.")
+    def __init__(self, data: dict[str, torch.Tensor], task: dict, args: Args):
+        super().__init__()
+        least = dict(kl_weight=0, latent_clip=0, phi=0, lam=0, target_samples=1, policy_samples=1)
+        for flag, low in least.items():
+            check(getattr(args, flag) >= low, f"--{flag.replace('_', '-')} must be {low} or more.")
+        check(args.lam <= 1, "--lam must be 1 or less.")
         self.args, device = args, data["rewards"].device
-        self.policy = Policy(data, args).to(device)
-        self.xi_target, self.q_target = map(copy.deepcopy, (self.policy.xi, self.policy.q))
-        normalised = ("observations", "next_observations")
-        self.data = {**data, **{key: self.policy.normalise(data[key]) for key in normalised}}
-        adam = dict(lr=args.learning_rate, fused=True, capturable=device.type == "cuda")
-        self.cvae_optimizer = torch.optim.Adam(self.policy.cvae.parameters(), **adam)
-        self.critic_optimizer = torch.optim.Adam(self.policy.q.parameters(), **adam)
-        self.xi_optimizer = torch.optim.Adam(self.policy.xi.parameters(), **adam)
+        self.policy = Policy(task, args).to(device)
+        self.policy.scaling.fit(data["observations"])
+        self.xi_target = copy.deepcopy(self.policy.xi)
+        self.critic_target = copy.deepcopy(self.policy.critic)
+        state = self.policy.scaling.state
+        s, s_next = state(data["observations"]), state(data["next_observations"])
+        self.data = (s, data["actions"], data["rewards"], s_next, data["terminals"])
+        self.cvae_optimizer = adam(self.policy.cvae, args.learning_rate)
+        self.critic_optimizer = adam(self.policy.critic, args.learning_rate)
+        self.xi_optimizer = adam(self.policy.xi, args.learning_rate)
 
     def phase(self, step: int):
-        """The update to use at this step, and how many gradient steps one call of it takes."""
-        return self.update, 1
+        """The update to do at this step; where there are several, each is a CUDA graph."""
+        return self.update
 
     def update(self) -> dict[str, torch.Tensor]:
-        """One step of each: CVAE, critics, ξ. Returns detached tensors, never synchronises."""
-        s, a, r, s_next, d = self.sample()  # (B, S), (B, A), (B, 1), (B, S), (B, 1)
+        """One step of each: CVAE, critics, ξ. Returns tensors, never synchronises."""
+        s, a, r, s_next, d = self.sample()
         metrics = self.update_cvae(s, a)
         metrics |= self.update_critic(s, a, r, s_next, d)
-        metrics |= self.update_xi(s)
+        metrics |= self.update_actor(s)
         self.update_targets()
         return metrics
 
     def sample(self):
-        device = self.data["rewards"].device
-        i = torch.randint(len(self.data["rewards"]), (self.args.batch_size,), device=device)
-        keys = ("observations", "actions", "rewards", "next_observations", "terminals")
-        return [self.data[key][i] for key in keys]
+        """A batch of s (B, S), a (B, A), r (B, 1), s' (B, S), d (B, 1)."""
+        n, device = len(self.data[0]), self.data[0].device
+        i = torch.randint(n, (self.args.batch_size,), device=device)
+        return [column[i] for column in self.data]
 
     def cvae_losses(self, s, a):
         # Reconstruction, from a latent that the encoder draws with the action in sight.
@@ -512,24 +271,18 @@ class BCQ:
 
     def update_cvae(self, s, a):
         reconstruction, kl = self.cvae_losses(s, a)
-        loss = reconstruction + self.args.kl_weight * kl.mean()
-        self.cvae_optimizer.zero_grad()
-        loss.backward()
-        self.cvae_optimizer.step()
-        metrics = {
-            "losses/reconstruction": reconstruction.detach(),
-            "losses/kl": kl.detach().mean(),
-        }
-        return metrics | {f"kl/z{i}": x for i, x in enumerate(kl.detach())}
+        minimise(self.cvae_optimizer, reconstruction + self.args.kl_weight * kl.mean())
+        metrics = {"losses/reconstruction": reconstruction, "losses/kl": kl.mean()}
+        return metrics | {f"kl/z{i}": x for i, x in enumerate(kl)}
 
-    def critic_losses(self, s, a, r, s_next, d):
-        # Target: the best of n candidates for the next state, all decoded, perturbed and judged as
-        # one batch, state after state.
+    def critic_loss(self, s, a, r, s_next, d):
+        # Target: the best of n candidates of the next state; they are one batch, state after state.
         with torch.no_grad():
             n = self.args.target_samples
             s_n = s_next.repeat_interleave(n, dim=0)  # (B n, S)
-            a_n = self.policy.cvae.decode(s_n, self.policy.sample_latents(len(s_n)))  # (B n, A)
-            q_n = self.q_target(s_n, self.policy.perturb(s_n, a_n, self.xi_target))  # (2, B n, 1)
+            a_n = self.policy.cvae.decode(s_n, self.policy.sample_latents(len(s_n)))
+            a_n = self.policy.perturb(s_n, a_n, self.xi_target)  # (B n, A)
+            q_n = self.critic_target(s_n, a_n)  # (2, B n, 1)
             # A candidate is judged first, by a soft minimum, then the best is taken.
             q_n = self.args.lam * q_n.amin(0) + (1 - self.args.lam) * q_n.amax(0)  # (B n, 1)
             q_next = q_n.view(-1, n).amax(1, keepdim=True)  # (B, 1)
@@ -537,407 +290,428 @@ class BCQ:
             y = r + self.args.gamma * (1 - d) * q_next
 
         # Both critics regress on it.
-        q = self.policy.q(s, a)  # (2, B, 1)
-        metrics = {"values/q": q.detach().mean(), "values/q_next": q_next.mean()}
-        metrics["values/gain"] = (q_next - q_n.view(-1, n).mean(1, keepdim=True)).mean()
-        return (q - y).square().mean((1, 2)).sum(), metrics
+        q = self.policy.critic(s, a)  # (2, B, 1)
+        loss = (q - y).square().mean((1, 2)).sum()
+        metrics = {"losses/critic": loss, "values/q": q.mean(), "values/q_next": q_next.mean()}
+        return metrics | {"values/gain": (q_next - q_n.view(-1, n).mean(1, keepdim=True)).mean()}
 
     def update_critic(self, s, a, r, s_next, d):
-        loss, metrics = self.critic_losses(s, a, r, s_next, d)
-        self.critic_optimizer.zero_grad()
-        loss.backward()
-        self.critic_optimizer.step()
-        return {"losses/critic": loss.detach()} | metrics
+        metrics = self.critic_loss(s, a, r, s_next, d)
+        minimise(self.critic_optimizer, metrics["losses/critic"])
+        return metrics
 
-    def update_xi(self, s):
+    def update_actor(self, s):
         # Climb Q_1 from an action that the CVAE proposes; ξ alone learns from it.
         with torch.no_grad():
             proposed = self.policy.cvae.decode(s, self.policy.sample_latents(len(s)))  # (B, A)
-        self.policy.q.requires_grad_(False)  # the gradient passes through Q, it stops at ξ
-        a = self.policy.perturb(s, proposed)
-        loss = -self.policy.q(s, a, members=1).mean()
-        self.policy.q.requires_grad_(True)
-        self.xi_optimizer.zero_grad()
-        loss.backward()
-        self.xi_optimizer.step()
-        moved = (a.detach() - proposed).abs().mean()
-        return {"losses/xi": loss.detach(), "actions/perturbation": moved}
+        self.policy.critic.requires_grad_(False)  # the gradient passes through Q, it stops at ξ
+        a = self.policy.perturb(s, proposed, self.policy.xi)
+        loss = -self.policy.critic(s, a, members=1).mean()
+        self.policy.critic.requires_grad_(True)
+        minimise(self.xi_optimizer, loss)
+        return {"losses/actor": loss, "actions/perturbation": (a - proposed).abs().mean()}
 
     @torch.no_grad()
     def update_targets(self):
-        for target, online in ((self.xi_target, self.policy.xi), (self.q_target, self.policy.q)):
-            torch._foreach_lerp_(
-                list(target.parameters()), list(online.parameters()), self.args.tau
-            )
+        targets = [*self.xi_target.parameters(), *self.critic_target.parameters()]
+        onlines = [*self.policy.xi.parameters(), *self.policy.critic.parameters()]
+        torch._foreach_lerp_(targets, onlines, self.args.tau)
 
-    def actors(self) -> dict:
-        """Policies to evaluate, by suffix of their columns; the first one is the result."""
-        return {"": self.policy.act}
-
-    @torch.no_grad()
     def validate(self, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Losses on held-out transitions, and how near and how far apart the candidates are."""
         n = self.args.target_samples
-        data = {key: value[::n] for key, value in data.items()}  # each row has n candidates
-        s, s_next = (self.policy.normalise(data[k]) for k in ("observations", "next_observations"))
-        a = data["actions"]
-        critic, _ = self.critic_losses(s, a, data["rewards"], s_next, data["terminals"])
+        data = {key: column[::n] for key, column in data.items()}  # each row has n candidates
+        a, state = data["actions"], self.policy.scaling.state
+        s, s_next = state(data["observations"]), state(data["next_observations"])
+        metrics = self.critic_loss(s, a, data["rewards"], s_next, data["terminals"])
         reconstruction, kl = self.cvae_losses(s, a)
         s_n = s.repeat_interleave(n, dim=0)  # (B n, S)
         a_n = self.policy.cvae.decode(s_n, self.policy.sample_latents(len(s_n)))
         a_n = a_n.view(-1, n, a.shape[1])  # (B, n, A)
         return {
-            "validation/critic": critic,
-            "validation/reconstruction": reconstruction,
-            "validation/kl": kl.mean(),
-            "validation/nearest": (a_n - a[:, None]).square().mean(2).amin(1).mean(),
-            "validation/spread_over_z": a_n.std(1, correction=0).mean(),
+            "critic": metrics["losses/critic"],
+            "reconstruction": reconstruction,
+            "kl": kl.mean(),
+            "nearest": (a_n - a[:, None]).square().mean(2).amin(1).mean(),
+            "spread_over_z": a_n.std(1, correction=0).mean(),
         }
 
 
 Learner = BCQ  # the name by which the training loop knows it
 
+# From here on every file is the same: how data comes in, how a policy is judged, how a run goes.
+
+# ------------------------------------------------------------------------------------- Dataset
+
+# D4RL's returns of a random and of an expert policy, which score 0 and 100.
+SCORES = {"HalfCheetah": (-280.178953, 12135.0), "Hopper": (-20.272305, 3234.3)}
+SCORES |= {"Walker2d": (1.629008, 4592.3), "Ant": (-325.6, 3879.7)}
+COLUMNS = "terminals timeouts rewards actions observations next_observations final_observations"
+ABOUT = "action_low action_high ref_min_score ref_max_score"
+
+
+def check(holds, sentence: str) -> None:
+    if not np.all(holds):
+        raise SystemExit(sentence)
+
+
+@contextlib.contextmanager
+def explained(what: str):
+    """Whatever goes wrong inside ends in one sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise SystemExit(
+            f"{what}: {str(error).strip().split(chr(10))[0] or repr(error)}"
+        ) from error
+
+
+def read_dataset(name: str) -> dict:
+    """An .hdf5 or .npz file (a path, or a name in datasets/) or a Minari data set (a folder, or an
+    id) as it is: arrays with a row per transition, and what it says of itself."""
+    ours = Path(__file__).resolve().parent.parent / "datasets"
+    file = next((p for p in (Path(name), ours / f"{name}.hdf5") if p.is_file()), None)
+    if file:
+        with np.load(file) if file.suffix == ".npz" else h5py.File(file) as found:
+            keys = [key for key in f"{COLUMNS} {ABOUT} truncations env_id".split() if key in found]
+            return {**getattr(found, "attrs", {}), **{key: found[key][()] for key in keys}}
+    folder = next((p for p in (name, f"{name}/data") if Path(p, "metadata.json").exists()), "")
+    is_id = re.fullmatch(r"([\w-]+/)+[\w-]+-v\d+", name) or name in minari.list_local_datasets()
+    there = f"at hand are {', '.join(sorted(path.stem for path in ours.glob('*.hdf5')))}"
+    make = f"`python datasets/make.py {name}` makes or fetches what is ours or D4RL's (--list)"
+    check(folder or is_id, f"No data set '{name}': {there}; {make}.")
+    data = minari.MinariDataset(folder) if folder else minari.load_dataset(name, download=True)
+    env, box = getattr(data, "_eval_env_spec", None) or data.env_spec, data.action_space
+    ok = all(isinstance(space, gym.spaces.Box) for space in (data.observation_space, box))
+    check(ok, f"Data set '{name}' has {data.observation_space} and {box}, not arrays of numbers.")
+    parts = [(e.terminations, e.truncations, e.rewards, e.actions, e.observations) for e in data]
+    arrays = dict(zip(COLUMNS.split(), zip(*parts)))
+    arrays["next_observations"] = [s[1:] for s in arrays["observations"]]
+    arrays["observations"] = [s[:-1] for s in arrays["observations"]]
+    about = {"action_low": box.low, "action_high": box.high} | data.storage.metadata
+    about["env_id"] = env.to_json() if env else "none"
+    return about | {key: np.concatenate(parts) for key, parts in arrays.items()}
+
+
+def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], dict]:
+    """The data, N transitions in float32, episode after episode: observations (N, S), actions
+    (N, A) scaled to [-1, 1], rewards (N, 1), next_observations (N, S), recorded (N,): whether those
+    are the successors, terminals (N, 1), returns_to_go (N, 1), each row's episode (N,). And the
+    task: environment, sizes, bounds, scores. To bring data of your own, fill these."""
+    of, x = f"Data set '{name}'", {}
+    with explained(f"{of} cannot be read"):
+        raw = read_dataset(name)
+    # Every array is believed, none is guessed.
+    lacks = {"observations", "actions", "rewards", "terminals"} - raw.keys()
+    check(not lacks, f"{of} lacks {', '.join(lacks)}; it has {', '.join(raw)}.")
+    n, discrete = np.size(raw["terminals"]), np.asarray(raw["actions"]).dtype.kind != "f"
+    check(n and not discrete, f"{of}: {'its actions are discrete' if n else 'it is empty'}.")
+    raw.setdefault("timeouts", raw.get("truncations", np.zeros(n)))
+    for key in [key for key in COLUMNS.split() if key in raw]:
+        with explained(f"{of}: '{key}'"):
+            v, rows = np.asarray(raw[key]), n
+            if "final" in key:  # our own files hold a successor once: in the next row, or here
+                rows = int((x["terminals"] + x["timeouts"] > 0).sum())
+            width = v.shape[1] if v.ndim > 1 and key.endswith("ons") else 1
+            v = v.reshape(rows, x["observations"].shape[1] if "_obs" in key else width)
+            x[key] = v.astype(np.float32)
+        ok = np.isfinite(x[key]).all(1)
+        check(ok, f"{of}: '{key}' is NaN or infinite, first in row {ok.argmin()}.")
+        ok = (np.abs(v - x[key]).max(0) <= 0.01 * x[key].std(0)) | (np.ptp(x[key], 0) == 0)
+        check(ok, f"{of}: float32 is too coarse for {key} {ok.argmin()}, take its mean off.")
+    s, a, terminal = x["observations"], x["actions"], x["terminals"][:, 0] > 0
+
+    # Environment, bounds and scores are the file's, unless --env-id is another environment's.
+    own = raw.get("env_id", "none")
+    own = own.decode() if isinstance(own, bytes) else str(own)
+    task = {"env": env_id or own, "env_id": "none", "sizes": [s.shape[1], a.shape[1]]}
+    says = raw if own == "none" or env_id in ("", "none", own) else {}
+    low, high = says.get("action_low", -1.0), says.get("action_high", 1.0)
+    if task["env"] != "none":
+        env = make_env(task)
+        task["env_id"], box = env.spec.id, env.action_space
+        low, high = says.get("action_low", box.low), says.get("action_high", box.high)
+        with explained(f"Environment '{env.spec.id}' fails at its first step"):
+            env.reset(seed=0), env.step(box.sample())
+    scores = [says.get("ref_min_score"), says.get("ref_max_score")]
+    task["scores"] = None if None in scores else [float(np.ravel(x)[0]) for x in scores]
+    with explained(f"{of}: bounds {low} and {high} of its actions"):
+        bounds = np.float64([np.broadcast_to(x, a.shape[1:]) for x in (low, high)])  # (2, A)
+    low, high = np.float32(bounds)  # rounded inwards: none leaves its bound
+    low += (low < bounds[0]) * np.spacing(np.abs(low))
+    high -= (high > bounds[1]) * np.spacing(np.abs(high))
+    span = high - low
+    check(np.isfinite(span) & (span > 0), f"{of}: its actions have the bounds {low} and {high}.")
+    ok = ((a >= low - 1e-4 * span) & (a <= high + 1e-4 * span)).all(1)
+    check(ok, f"{of}: an action leaves {low} to {high}, first in row {ok.argmin()}.")
+
+    # A terminal ends the task, a timeout only the recording: the first alone stops the bootstrap.
+    ends, recorded = terminal | (x["timeouts"][:, 0] > 0), np.ones(n, bool)
+    check(ends.any(), f"{of}: no episode ends. Mark terminals, and timeouts (or truncations).")
+    if "next_observations" not in x:  # it is the next row, but for the last one of an episode
+        x["next_observations"] = np.append(s[1:], s[-1:], axis=0)
+        recorded = ~ends | ("final_observations" in x)
+        x["next_observations"][ends & recorded] = x.get("final_observations", 0)
+        recorded[-1] &= ends[-1]
+    ends[-1] = True
+    keep = recorded | terminal  # nothing follows a terminal: its row needs no successor
+    check(keep.any(), f"{of}: none of its rows has a successor, write next_observations.")
+    episodes = np.cumsum(ends) - ends
+    to_go = np.cumsum(x["rewards"][::-1], dtype=np.float64)[::-1]
+    to_go -= np.append(to_go[1:], 0)[np.flatnonzero(ends)[episodes]]  # what later episodes hold
+    x |= {"actions": (2 * (a - low) / span - 1).clip(-1, 1), "recorded": recorded}
+    x |= {"terminals": np.float32(terminal[:, None]), "returns_to_go": np.float32(to_go[:, None])}
+    keys = "observations actions rewards next_observations recorded terminals returns_to_go"
+    data = {key: x[key][keep] for key in keys.split()} | {"episodes": episodes[keep]}
+    task |= {"digest": hashlib.md5(b"".join(v.tobytes() for v in data.values())).hexdigest()}
+    _, first, data["episodes"] = np.unique(data["episodes"], return_index=True, return_inverse=True)
+    returns = data["returns_to_go"][first]
+    print(f"{name}: {keep.sum():,} transitions, {len(first):,} episodes, actions {low} to {high};")
+    print(f"returns: {returns.mean():.4g} on average, {returns.max():.4g} at best")
+    return data, task | {"bounds": [low.tolist(), high.tolist()]}
+
+
 # ---------------------------------------------------------------------------------- Evaluation
 
 
-def evaluate(learner, spec: dict, episodes: int, seed: int) -> dict[str, float]:
-    """Return, length and score over `episodes` episodes, all stepped together. The first of the
-    learner's policies is the result; the others' return and score get a suffix."""
-    low, high = spec["references"]
+def make_env(task: dict, **options) -> gym.Env:
+    """The task's environment: an id, also module:Id, or a specification in JSON as Minari has."""
+    sys.path += [""] * ("" not in sys.path)  # modules of the current folder, too
+    of = f"Environment {task['env'][:50]} (--env-id)"
+    with explained(of):
+        is_json = task["env"].startswith("{")
+        env = gym.make(EnvSpec.from_json(task["env"]) if is_json else task["env"], **options)
+    spaces, shapes = (env.observation_space, env.action_space), [(x,) for x in task["sizes"]]
+    ok = all(isinstance(x, gym.spaces.Box) and x.shape == y for x, y in zip(spaces, shapes))
+    check(ok, f"{of} has {spaces[0]} and {spaces[1]}, the data has boxes of shapes {shapes}.")
+    check(env.spec.max_episode_steps, f"{of} has no time limit: register it with one.")
+    return env
+
+
+def evaluate(policy, task: dict, episodes: int, seed: int, video="") -> dict[str, float]:
+    """Return, length and score of a policy over some episodes, all stepped together; the columns
+    of all but the first of its actors have a suffix."""
     row = {}
-    for suffix, act in learner.actors().items():
-        envs = gym.make_vec(spec["env_id"], num_envs=episodes, vectorization_mode="sync")
-        observations, _ = envs.reset(seed=seed)
-        returns, lengths, running = np.zeros((3, episodes))
-        running += 1  # until the episode's end, by a terminal or a time limit; then it is 0
-        while running.any():
-            actions = act(torch.as_tensor(observations, dtype=torch.float32, device=spec["device"]))
-            observations, rewards, terminated, truncated, _ = envs.step(actions.cpu().numpy())
-            returns += running * rewards
-            lengths += running
-            running *= ~(terminated | truncated)
-        envs.close()
-        row[f"return_mean{suffix}"] = float(returns.mean())
-        if not suffix:
-            row |= {"return_std": float(returns.std()), "length_mean": float(lengths.mean())}
-        row[f"score{suffix}"] = float(100 * (returns.mean() - low) / (high - low))
+    for suffix, act in policy.actors().items():
+        mode = {"render_mode": "rgb_array"} if video and not suffix else {}
+        envs = [make_env(task, **mode), *(make_env(task) for _ in range(episodes - 1))]
+        returns, lengths, running = np.zeros(episodes), np.zeros(episodes), list(range(episodes))
+        with explained(f"Environment '{task['env_id']}' failed (what was trained is saved)"):
+            if mode:  # MuJoCo without a screen needs MUJOCO_GL=egl or osmesa
+                envs[0] = gym.wrappers.RecordVideo(envs[0], str(video), disable_logger=True)
+            s = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
+            while running:
+                for i, a in zip(running[:], act(s[running])):
+                    s[i], reward, terminated, truncated, _ = envs[i].step(a)
+                    returns[i], lengths[i] = returns[i] + reward, lengths[i] + 1
+                    if terminated or truncated:
+                        running.remove(i)
+            for env in envs:
+                env.close()
+        known = SCORES.get(envs[0].spec.name, (math.nan, math.nan))
+        zero, hundred = task["scores"] or known
+        score = 100 * (returns.mean() - zero) / (hundred - zero)
+        found = (returns.mean(), returns.std(), lengths.mean(), score)
+        keys = ("return_mean", "return_std", "length_mean", "score")
+        row |= {key + suffix: float(value) for key, value in zip(keys, found)}
     return row
 
 
-def evaluate_checkpoint(args: Args, device: torch.device) -> dict[str, float]:
-    """--evaluate: a policy from its checkpoint alone, without its data set."""
-    if not Path(args.evaluate).is_file():
-        raise SystemExit(f"--evaluate {args.evaluate}: no such checkpoint.")
-    saved = torch.load(args.evaluate, map_location=device, weights_only=True)
-    spec = saved["spec"] | {"device": device}
-    spec["env_id"] = args.env_id or spec["env_id"]
-    if spec["env_id"] == "none":
-        raise SystemExit(f"--evaluate {args.evaluate}: it has no environment, name one: --env-id.")
-    blank = {key: torch.zeros(shape, device=device) for key, shape in spec["shapes"].items()}
-    learner = Learner(blank, Args(**saved["args"]))
-    restore(learner, saved["learner"])
-    torch.manual_seed(0)  # as in training, for a policy that samples
-    row = {"step": saved["step"]} | evaluate(learner, spec, args.eval_episodes, args.seed)
-    print(f"{args.evaluate} on {args.eval_episodes} episodes of {spec['env_id']}: {describe(row)}")
-    if args.capture_video:
-        record_video(learner.policy.act, spec, Path(args.evaluate).parent)
-    return row
-
-
-def record_video(act, spec: dict, folder: Path) -> None:
-    """One episode as MP4. Where no display driver or no encoder is, it says so and goes on."""
-    try:
-        env = make_env(spec["env_id"], render_mode="rgb_array")
-        env = gym.wrappers.RecordVideo(env, str(folder / "video"), disable_logger=True)
-        observation, _ = env.reset(seed=0)
-        done = False
-        while not done:
-            s = torch.as_tensor(observation[None], dtype=torch.float32, device=spec["device"])
-            observation, _, terminated, truncated, _ = env.step(act(s)[0].cpu().numpy())
-            done = terminated or truncated
-        env.close()
-    except Exception as error:
-        print(f"No video: {error} (MuJoCo without a screen needs MUJOCO_GL=egl or osmesa)")
+def load_policy(checkpoint: str | Path, device: str = "cpu", **flags) -> Policy:
+    """A trained policy, ready for `policy.act(observations)`. Flags of acting may be given anew."""
+    path = Path(checkpoint, "checkpoint.pt") if Path(checkpoint).is_dir() else Path(checkpoint)
+    with explained(f"{path} is no checkpoint of {Learner.__name__}"):
+        saved = torch.load(path, map_location=device, weights_only=True)
+        check(saved["algorithm"] == Learner.__name__, f"{path} is of {saved['algorithm']}.")
+        policy = Policy(saved["task"], Args(**saved["args"] | flags)).to(device).eval()
+        of_policy = {k: v for k, v in saved["learner"].items() if k.startswith("policy.")}
+        policy.load_state_dict({k[7:]: v for k, v in of_policy.items()})
+    policy.saved = saved
+    return policy
 
 
 # ------------------------------------------------------------------------------- Training loop
 
 
 def train(args: Args) -> list[dict[str, float]]:
-    """Trains, or with --evaluate only evaluates. Returns the evaluations, oldest first; the last
-    one's where --seeds names several."""
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if args.device == "auto" else args.device)
+    """Trains one run, or with --evaluate looks at one. Returns its evaluations, oldest first."""
+    least = dict(seed=0, steps=1, batch_size=1, threads=1, eval_every=0, eval_episodes=1)
+    for flag, low in least.items():
+        check(getattr(args, flag) >= low, f"--{flag.replace('_', '-')} must be {low} or more.")
+    check(0 <= args.validation_fraction < 1, "--validation-fraction is a share, 0 to below 1.")
+    with explained(f"--device {args.device}"):
+        device = torch.empty(0, device=args.device).device
+    cuda = [device] if device.type == "cuda" else []
+    for gpu in cuda:
+        torch.cuda.set_device(gpu)
+        torch.cuda.set_stream(torch.cuda.Stream())  # a graph is captured off the default stream
     torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.set_num_threads(args.threads)
     if args.evaluate:
-        return [evaluate_checkpoint(args, device)]
-
-    # Seeds take turns. A small network leaves most of a GPU idle: there they run side by side.
-    interrupted, ended, lanes = [], [], {}
-    for seed in args.seeds or [args.seed]:
-        own = f"{args.run_dir}/seed{seed}" if args.seeds and args.run_dir else args.run_dir
-        turns = run(replace(args, seed=seed, run_dir=own), device, interrupted)
-        lanes[turns] = Lane(device)
-        with lanes[turns]:
-            next(turns)  # reads the data and makes the networks
-
-    # Ctrl-C is heard between two updates, never inside one; a second one stops at once.
-    handler = signal.getsignal(signal.SIGINT)
-    listens = threading.current_thread() is threading.main_thread()
-
-    def interrupt(*_):
-        interrupted.append(True)
-        signal.signal(signal.SIGINT, handler)
-
-    if listens:
-        signal.signal(signal.SIGINT, interrupt)
-    try:
-        while lanes:
-            for turns, lane in list(lanes.items()):
-                try:
-                    with lane:
-                        next(turns)
-                except StopIteration as end:
-                    history = end.value
-                    del lanes[turns]
-                except SystemExit as message:  # the others go on
-                    ended.append(str(message))
-                    del lanes[turns]
-    finally:
-        if listens:
-            signal.signal(signal.SIGINT, handler)
-    if ended:
-        sys.exit("\n".join(ended))
-    return history
-
-
-class Lane:
-    """What runs in one process must not share: random numbers and, on CUDA, the stream."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.state = device, torch.get_rng_state()
-        if device.type == "cuda":
-            torch.cuda.init()
-            index = torch.cuda.current_device() if device.index is None else device.index
-            self.default = torch.cuda.default_generators[index]
-            self.own, self.stream = self.default.clone_state(), torch.cuda.Stream(device)
-
-    def __enter__(self):
-        torch.set_rng_state(self.state)
-        if self.device.type == "cuda":  # a graph keeps the generator that it was captured with
-            self.default.graphsafe_set_state(self.own)
-            self.context = torch.cuda.stream(self.stream)
-            self.context.__enter__()
-
-    def __exit__(self, *error):
-        self.state = torch.get_rng_state()
-        if self.device.type == "cuda":
-            self.context.__exit__(*error)
-
-
-def run(args: Args, device: torch.device, interrupted: list) -> Generator[None, None, list]:
-    """Trains one seed and returns its evaluations. Yields when it is ready to begin, and then now
-    and then between two updates, for other seeds to take their turn."""
-    # The run directory: never overwritten, continued only on demand.
-    name = Path(__file__).stem
-    is_file = Path(args.dataset).suffix in (".hdf5", ".npz")
-    task = Path(args.dataset).stem if is_file else args.dataset.strip("/").replace("/", "-")
-    run_dir = Path(args.run_dir or f"runs/{name}/{task}/seed{args.seed}")
-    checkpoint = run_dir / "checkpoint.pt"
-    begun = (run_dir / "config.json").exists()
-    if begun and not args.resume:
-        raise SystemExit(f"{run_dir} holds a run: --resume continues it, --run-dir goes elsewhere.")
-    if args.resume and not begun:
-        raise SystemExit(f"--resume: no checkpoint in {run_dir}; start without --resume.")
+        # Flags of acting are obeyed, where they are given; the others are the checkpoint's.
+        asked = {k: v for k in Policy.flags if (v := getattr(args, k)) != getattr(Args, k)}
+        policy = load_policy(args.evaluate, args.device, **asked)
+        task, other = policy.saved["task"], {"env": args.env_id, "scores": None}
+        task |= other if args.env_id not in ("", task["env"]) else {}
+        check(task["env"] != "none", f"--evaluate {args.evaluate}: its --env-id is none, give one.")
+        torch.manual_seed(0)
+        here = Path(args.evaluate)
+        here = here if here.is_dir() else here.parent
+        video = here / "video" if args.capture_video else ""
+        row = evaluate(policy, task, args.eval_episodes, args.seed, video)
+        print(f"{task['env']}{describe(row)}  {video}")
+        return [row]
+    name, path = Path(__file__).stem, Path(args.dataset)
+    data_name = path.stem if path.is_file() else args.dataset.strip("/").replace("/", "-")
+    folder = Path(args.run_dir or f"runs/{name}/{data_name}/seed{args.seed}")
+    checkpoint, config = folder / "checkpoint.pt", folder / "config.json"
+    begun = checkpoint.exists() or (config.exists() and not args.resume)
+    check(begun == args.resume, f"{folder} has {'a run; --resume' if begun else 'no checkpoint'}.")
 
     # The data: whole episodes to train on, some others for the validation losses.
-    dataset = load_dataset(args.dataset, args.env_id)
-    episodes = len(dataset.returns)
-    held_out = min(episodes - 1, math.ceil(args.validation_fraction * episodes))
-    chosen = np.random.default_rng(args.seed).permutation(episodes)[:held_out]
-    held_out_rows = np.isin(dataset.episodes, chosen)
-    data = dataset.tensors(~held_out_rows, device)
-    validation = dataset.tensors(np.flatnonzero(held_out_rows)[:10_000], device)
-    spec = {"name": dataset.name, "env_id": dataset.env_id, "references": dataset.references}
-    spec |= {"shapes": {key: list(value[:1].shape) for key, value in data.items()}}
-    print(
-        f"{name} on {dataset.name} ({dataset.source}), evaluated on {dataset.env_id}\n"
-        f"  {len(dataset.ends):,} transitions in {episodes:,} episodes of return"
-        f" {dataset.returns.mean():.1f} (mean), {dataset.returns.max():.1f} (best);"
-        f" {held_out:,} episodes are kept for validation\n"
-        f"  {args.steps:,} steps on {device}; everything is written to {run_dir}"
+    data, task = load_dataset(args.dataset, args.env_id)
+    count = data["episodes"].max() + 1
+    held_out = np.random.default_rng(args.seed).permutation(count)
+    held_out = held_out[: min(count - 1, math.ceil(args.validation_fraction * count))]
+    few = held_out[: 1 + 10_000 * count // len(data["episodes"])]  # enough for a mean
+    data, validation = (
+        {key: torch.as_tensor(array[rows], device=device) for key, array in data.items()}
+        for rows in (~np.isin(data["episodes"], held_out), np.isin(data["episodes"], few))
     )
 
     # The learner, new or where an earlier run stopped.
     torch.manual_seed(args.seed)
-    learner = Learner(data, args)
-    step, seconds, history = 0, 0.0, []
-    if args.resume and checkpoint.exists():  # a run that saved nothing yet begins anew
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        check_same(args, saved["args"])
-        step, seconds, history = saved["step"], saved["seconds"], saved["history"]
-        restore(learner, saved["learner"])
-        torch.set_rng_state(saved["rng"].cpu())
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(saved.get("cuda_rng", saved["rng"]).cpu(), device)
+    learner = Learner(data, task, args)
+    optimizers = [x for x in vars(learner).values() if isinstance(x, torch.optim.Optimizer)]
+    start, seconds, history = 0, 0.0, []
+    if args.resume:
+        saved = load_policy(checkpoint, args.device).saved
+        start, seconds, history = saved["step"], saved["seconds"], saved["history"]
+        free = "steps eval_every eval_episodes save_every threads device matmul_precision run_dir"
+        free = (*free.split(), "cuda_graph", "resume", "evaluate", "capture_video", *Policy.flags)
+        old, new = saved["args"] | saved["task"], asdict(args) | task
+        changed = [f"{key} {old[key]}" for key in old if old[key] != new[key] and key not in free]
+        check(not changed, f"--resume: {checkpoint} was made with {', '.join(changed)}.")
+        learner.load_state_dict(saved["learner"])
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        for restore, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), saved["rng"]):
+            restore(state.cpu())
 
-    write_config(run_dir, args, spec)
-    writer = SummaryWriter(run_dir, purge_step=step + 1)
-    fast = functools.cache(lambda update: accelerate(update, args, device))
-    began, first, metrics = time.time() - seconds, step, {}
-    bar = tqdm(total=args.steps, initial=step, unit="step", disable=not sys.stdout.isatty())
-    label = f"seed {args.seed}  " if args.seeds else ""
-
-    def due(period):  # whether the last update completed a multiple of `period`, or the run
-        return step % period < n or step >= args.steps
+    # The run directory: claimed at once, never taken twice.
+    about = {"args": asdict(args), "task": task, "machine": platform.platform()}
+    about |= {"gpu": torch.cuda.get_device_name() if cuda else "none", "python": sys.version}
+    packages = torch, np, gym, minari, sys.modules.get("mujoco", np)
+    with explained(f"--run-dir {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(config, "w" if args.resume else "x") as file:
+            json.dump(about | {x.__name__: x.__version__ for x in packages}, file, indent=2)
+    writer = SummaryWriter(folder, purge_step=start + 1)
+    print(f"{name}: steps {start:,} to {args.steps:,} on {device}, written to {folder}", flush=True)
 
     def save():
-        check_finite(metrics, step, checkpoint)
-        state = {"args": asdict(args), "spec": spec, "learner": snapshot(learner), "step": step}
-        state |= {"seconds": time.time() - began, "history": history, "rng": torch.get_rng_state()}
-        if device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state(device)
-        torch.save(state, run_dir / "checkpoint.tmp")
-        (run_dir / "checkpoint.tmp").replace(checkpoint)  # at once: a crash leaves the old one
+        state = {"algorithm": Learner.__name__, "args": asdict(args), "task": task, "step": step}
+        state |= {"seconds": time.time() - began, "history": history}
+        state |= {"learner": learner.state_dict()}
+        state |= {"optimizers": [optimizer.state_dict()["state"] for optimizer in optimizers]}
+        state |= {"rng": [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda)]}
+        torch.save(state, folder / "checkpoint.tmp")
+        (folder / "checkpoint.tmp").replace(checkpoint)  # at once: a crash leaves the old one
 
-    try:
-        yield
-        while step < args.steps and not interrupted:
-            update, n = learner.phase(step)
-            metrics = fast(update)()
-            step += n
-            bar.update(n)
-            if due(500):
-                check_finite(metrics, step, checkpoint)
-                for key, value in metrics.items():
-                    add = writer.add_scalar if value.numel() == 1 else writer.add_histogram
-                    add(key, value.cpu(), step)
-                speed = (step - first) / (time.time() - began - seconds)
-                writer.add_scalar("charts/steps_per_second", speed, step)
-            if due(args.eval_every):
-                row = {"step": step, "seconds": round(time.time() - began, 1)}
-                with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                    torch.manual_seed(0)  # training's random numbers are not touched
-                    if dataset.env_id != "none":
-                        seed = 1_000_003 * args.seed + step
-                        place = spec | {"device": device}
-                        row |= evaluate(learner, place, args.eval_episodes, seed)
-                    if held_out:
-                        row |= {k: float(v) for k, v in learner.validate(validation).items()}
-                history.append(row)
-                write_history(run_dir, history)
-                for key in list(row)[2:]:
-                    writer.add_scalar(key if "/" in key else f"eval/{key}", row[key], step)
-                best = max(row.get("return_mean", math.nan) for row in history)
-                so_far = "" if math.isnan(best) else f"  (best return so far {best:.4g})"
-                bar.write(label + describe(row) + so_far)
-            if due(args.save_every):
-                save()
-            if due(10):
-                yield
-        if step < args.steps:
+    interrupted, metrics = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM):  # heard between two updates; the second at once
+        signal.signal(number, lambda *_: interrupted.append(1) if not interrupted else sys.exit(1))
+    fast = functools.cache(graphed if cuda and args.cuda_graph else lambda update: update)
+    began, said = time.time() - seconds, time.time()
+    bar = tqdm(total=args.steps, initial=start, unit="step", disable=None)
+    for step in range(start, args.steps + 1):
+        if step > start:
+            metrics |= {k: v.detach() for k, v in fast(learner.phase(step))().items()}
+            bar.update()
+        last, stop = step == args.steps, bool(interrupted)
+        evaluates = args.eval_every and (step % args.eval_every == 0 or last)
+        evaluates = evaluates and step > (history[-1]["step"] if history else 0)
+        saves = args.save_every and step % args.save_every == 0
+        saves = saves or evaluates or last or stop or step == 0
+        speed = (step - start) / (time.time() - began - seconds + 1e-9)
+        left = tqdm.format_interval((args.steps - step) / (speed + 1e-9))
+        if bar.disable and time.time() - said > 30:
+            said = time.time()
+            print(f"step {step:>9,}  {speed:.4g} steps/s  left {left}", flush=True)
+        if not saves and step % 500:
+            continue
+        for key, value in metrics.items():
+            ok = value.isfinite().all().item()
+            check(ok, f"Step {step}: {key} is not finite; {checkpoint} is from before.")
+            (writer.add_scalar if value.numel() == 1 else writer.add_histogram)(key, value, step)
+        writer.add_scalar("charts/steps_per_second", speed, step)
+        if saves:
             save()
-            sys.exit(f"\nSaved at step {step:,}; the same command with --resume goes on.")
-    finally:
-        bar.close()
-        writer.close()
-    if args.capture_video and dataset.env_id != "none":
-        record_video(learner.policy.act, spec | {"device": device}, run_dir)
-    print(f"Done after {(time.time() - began) / 60:.1f} minutes; results are in {run_dir}")
+        if evaluates:
+            row = {"step": step, "seconds": round(time.time() - began, 1)}
+            learner.eval()
+            with torch.random.fork_rng(cuda), torch.no_grad():
+                torch.manual_seed(0)  # for policies that sample; training's numbers are kept
+                if task["env"] != "none":
+                    video = folder / "video" if args.capture_video and last else ""
+                    seed = 1_000_003 * args.seed + step
+                    row |= evaluate(learner.policy, task, args.eval_episodes, seed, video)
+                losses = learner.validate(validation) if len(held_out) else {}
+            learner.train()
+            history.append(row | {f"validation/{k}": float(x) for k, x in losses.items()})
+            columns = dict.fromkeys(key for row in history for key in row)
+            lines = [columns, *([str(row.get(key, "")) for key in columns] for row in history)]
+            (folder / "eval.csv").write_text("".join(",".join(line) + "\n" for line in lines))
+            for key, value in list(history[-1].items())[2:]:
+                writer.add_scalar(key if "/" in key else f"eval/{key}", value, step)
+            best = max(row.get("return_mean", math.nan) for row in history)
+            bar.write(f"step {step:>9,}{describe(history[-1])}  best {best:.4g}  left {left}")
+            if last:
+                save()
+        if stop and not last:
+            break
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    writer.close()
+    bar.close()
+    check(last, f"Saved at step {step:,}; the same command with --resume goes on.")
     return history
 
 
-def accelerate(update, args: Args, device: torch.device):
-    """The same update, faster: compiled on demand, and on CUDA captured in a graph, which replays
-    its hundreds of kernels at the cost of one launch."""
-    if args.compile:
-        torch._inductor.config.fallback_random = True  # the random numbers of the eager update
-        update = torch.compile(update)
-    if device.type != "cuda" or not args.cuda_graph:
-        return update
-    side, graph, calls, metrics = torch.cuda.Stream(), torch.cuda.CUDAGraph(), 0, {}
+def describe(row: dict) -> str:
+    """Returns and scores; of a run without an environment the validation losses."""
+    keys = [key for key in row if key.startswith(("return_mean", "score"))]
+    keys = keys or [key for key in row if key.startswith("validation")]
+    return "".join(f"  {key.replace('_mean', '')} {row[key]:.4g}" for key in keys)
+
+
+def adam(of: nn.Module | list, learning_rate: float, **options) -> torch.optim.Adam:
+    """Adam as one fused kernel, in a form that a CUDA graph can capture."""
+    of = list(of.parameters() if isinstance(of, nn.Module) else of)
+    return torch.optim.Adam(of, learning_rate, fused=True, capturable=of[0].is_cuda, **options)
+
+
+def minimise(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def graphed(update):
+    """The same update as one CUDA graph: hundreds of kernels at the cost of one launch."""
+    graph, metrics, calls = torch.cuda.CUDAGraph(), {}, []
 
     def replay():
-        nonlocal calls, metrics
-        calls += 1
-        if calls <= 3:  # capture asks for some calls before it, off the default stream
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                metrics = update()
-            torch.cuda.current_stream().wait_stream(side)
-            return metrics
-        if calls == 4:
+        calls.append(update)
+        if len(calls) <= 3:  # capture asks for some calls before it
+            return update()
+        if len(calls) == 4:
             with torch.cuda.graph(graph):  # records the update, does not run it
-                metrics = update()
+                metrics.update(update())
         graph.replay()
         return metrics
 
     return replay
-
-
-def snapshot(learner) -> dict:
-    """State of a learner: of its networks and its optimisers, and its own tensors."""
-    items = vars(learner).items()
-    state = {key: item.state_dict() for key, item in items if hasattr(item, "state_dict")}
-    return state | {key: item.detach() for key, item in items if isinstance(item, torch.Tensor)}
-
-
-def restore(learner, state: dict) -> None:
-    for key, value in state.items():
-        item = getattr(learner, key)
-        if isinstance(item, torch.Tensor):
-            item.data.copy_(value)
-            continue
-        item.load_state_dict(value)
-        for group in getattr(item, "param_groups", []):  # the checkpoint's device may be another
-            group["capturable"] = group["params"][0].is_cuda
-
-
-def check_finite(metrics: dict, step: int, checkpoint: Path) -> None:
-    bad = [term for term, value in metrics.items() if not torch.isfinite(value).all()]
-    if bad:
-        kept = f"nothing was saved in {checkpoint.parent}"
-        if checkpoint.exists():
-            kept = f"the last good checkpoint is kept, {checkpoint}"
-        raise SystemExit(f"Step {step:,}: {', '.join(bad)} not finite. Stopped; {kept}.")
-
-
-def check_same(args: Args, saved: dict) -> None:
-    """A run goes on as what it was: only these flags may differ."""
-    free = "steps eval_every eval_episodes eval_xi save_every device matmul_precision compile"
-    free += " cuda_graph run_dir resume evaluate capture_video seeds"
-    for key, value in saved.items():
-        if key not in free.split() and getattr(args, key) != value:
-            flag = "--" + key.replace("_", "-")
-            raise SystemExit(f"--resume: the run was started with {flag} {value}; pass the same.")
-
-
-def describe(row: dict[str, float]) -> str:
-    hidden = ("step", "seconds")  # and a score where there are no reference returns
-    numbers = [f"{k} {x:.4g}" for k, x in row.items() if k not in hidden and not math.isnan(x)]
-    return f"step {row['step']:>9,}  " + "  ".join(numbers)
-
-
-def write_config(run_dir: Path, args: Args, spec: dict) -> None:
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    config = {"args": asdict(args), "dataset": spec["name"], "env_id": spec["env_id"]}
-    config |= {"python": platform.python_version(), "machine": platform.platform()}
-    config |= {p: importlib.metadata.version(p) for p in ("torch", "numpy", "gymnasium")}
-    config |= {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
-    config |= {"cpus": os.cpu_count(), "threads": torch.get_num_threads()}
-    if shutil.which("git"):
-        config["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def write_history(run_dir: Path, history: list[dict]) -> None:
-    columns = ["step", "seconds", "return_mean", "return_std", "length_mean", "score"]
-    columns += [key for key in history[0] if key not in columns]
-    with open(run_dir / "eval.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, columns, extrasaction="ignore")
-        table.writeheader()
-        table.writerows(history)
 
 
 if __name__ == "__main__":

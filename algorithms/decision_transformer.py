@@ -267,15 +267,14 @@ class Policy(nn.Module):
         there is neither; `target` is the return asked for, of all or of each (N,)."""
         s = self.scaling.state(observations)
         given = rewards if memory else self.targets[""] if target is None else target
-        given = torch.as_tensor(given, dtype=s.dtype, device=s.device).reshape(-1, 1)
-        given = given / self.return_scale
+        given = torch.as_tensor(given).to(s).reshape(-1, 1) / self.return_scale  # (N, 1) or (1, 1)
         if memory:
             steps, *past = memory  # (N, T, 2 + S + A), and what `read` knows of them
             t, R = steps[:, -1, :2].split(1, dim=1)
             t, R = t + 1, R - given
         else:
             steps, past = s.new_empty(len(s), 0, sum(self.sizes)), []
-            t = torch.zeros_like(s[:, :1])
+            t = torch.zeros_like(s[:, :1])  # (N, 1)
             R = t + given
         now = F.pad(torch.cat([t, R, s], dim=-1), (0, self.sizes[-1]))  # no action yet
         steps = torch.cat([steps, now[:, None]], dim=1)
@@ -302,17 +301,15 @@ class DecisionTransformer(nn.Module):
 
     def __init__(self, data: dict[str, torch.Tensor], task: dict, args: Args):
         super().__init__()
-        for flag in ("return_scale", "warmup_steps"):
-            check(getattr(args, flag) >= 0, f"--{flag.replace('_', '-')} must be 0 or more.")
+        ok = args.return_scale >= 0 <= args.warmup_steps and args.max_grad_norm > 0
+        check(ok, "--return-scale and --warmup-steps: 0 or more; --max-grad-norm: above 0.")
         R, episodes = data["returns_to_go"], data["episodes"]
         returns = R[episodes.diff(prepend=episodes[:1] - 1) != 0]  # (E, 1)
         best, mean = returns.max().item(), returns.mean().item()
         asked = TARGETS.get(task["env_id"].split("-v")[0], [best, 0.5 * (best + mean)])
         if not args.target_returns and asked[0] > 2 * best:
-            say = (
-                "Asked for is the paper's return, {:g}; the data's best is {:g} (--target-returns)."
-            )
-            print(say.format(asked[0], best))
+            say = f"Asked for are the paper's returns {asked}, the data's best is {best:g}"
+            print(f"{say}: --target-returns asks for others.")
         task["target_returns"] = asked
 
         self.args, device = args, R.device

@@ -1,7 +1,7 @@
 """An adversarial world model for offline learning, our own specification in the spirit of MOAN,
 "Model-based Offline Policy Optimization with Adversarial Network", Junming Yang, Xingguo Chen,
-Shengyuan Wang, Bolei Zhang. ECAI 2023, arXiv:2309.02157. Rollouts and penalty as in MOPO, Tianhe Yu
-et al. NeurIPS 2020, arXiv:2005.13239.
+Shengyuan Wang, Bolei Zhang. ECAI 2023, arXiv:2309.02157. Rollouts as in MOPO, Tianhe Yu et al.
+NeurIPS 2020, arXiv:2005.13239.
 
 First an ensemble G of Gaussian models learns the dynamics, by likelihood and against a
 discriminator D that tells its samples from transitions. Then SAC learns from short rollouts in the
@@ -16,7 +16,7 @@ shown samples away from the data, so its disbelief says where that is, and is ch
     SAC    (algorithms/sac.py) on a few real and many imagined transitions, these with reward r̃
 
     python algorithms/gan_world_model.py --dataset hopper-medium-replay
-    python algorithms/gan_world_model.py --dataset hopper-medium-replay --penalty disagreement
+    python algorithms/gan_world_model.py --dataset hopper-medium-replay --penalty moan
 
 Measured: pendulum-medium-replay, 7,000 steps (2,000 of them the model's) of small networks, five
 seeds: score 100.2, without the adversary 69.8, with an untrained model 0.1, cloning 0.9; without a
@@ -24,35 +24,31 @@ penalty 99.6 and, on four seeds of five, without imagined data 100: neither is n
 hopper-medium-replay, 38,000 steps (8,000 the model's), τ = 0.02: 27, 47 and 55, cloning 14.5.
 
 Differs from the paper / official code:
-- No code is public, and of the paper only the idea is kept (an adversary beside the likelihood, its
-  output as the penalty). Every formula and number here is our choice: its table is no reference.
-- MOPO's model has the best 5 of 7 members, learnt bounds on σ, weight decay and an early stop; this
-  one uses all its members, log σ in [-5, 1] and a fixed number of steps.
-- MOPO charges u. Charged here is its excess over the data's mean, in deviations of the reward: one
-  λ fits all kinds, and an episode that stays with the data costs nothing.
+- MOAN's code (github.com/junming-yang/MOAN) charges the largest |σ_i| plus 0.1 ((1 - D) - 0.5),
+  here --penalty moan. Half of its batches is real, it draws from the best five of seven members, D
+  judges μ_i instead of a sample and weighs 2 in L(G); D is one layer of 100 units, learns at every
+  15th step, without a gradient penalty and without samples away from the data. Its scores are no
+  reference for this file.
+- MOPO and MOAN learn bounds on σ and stop early; here log σ is in [-5, 1], the steps are fixed.
+- Both charge u. Charged here is its excess over the data's mean, in standard deviations of the
+  reward: one λ fits all kinds, and an episode that stays with the data costs nothing.
 - An imagined episode that ends gives its row to a new one; imagined states stay within the data's
-  range and one deviation beyond.
+  range and one standard deviation beyond.
+- 5 % of the episodes are held out for validation losses (--validation-fraction 0: none).
 """
 
+import contextlib
 import copy
-import csv
 import functools
-import http.client
-import importlib.metadata
+import hashlib
 import json
 import math
-import os
 import platform
 import re
-import shutil
 import signal
-import subprocess
 import sys
-import threading
 import time
-import zipfile
-from collections.abc import Generator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -64,6 +60,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from gymnasium.envs.registration import EnvSpec
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -74,313 +71,51 @@ from tqdm import tqdm
 class Args:
     """SAC on short rollouts in an adversarial world model, penalised where D disbelieves it."""
 
-    penalty: Literal["discriminator", "aleatoric", "disagreement", "none"] = "discriminator"
-    """u: -log D of the sample, the largest |σ_i|, or the farthest μ_i from the ensemble's mean"""
-    penalty_weight: float = 1.0
-    """λ: deviations of the rewards paid per multiple of the data's mean u"""
-    adversarial_weight: float = 1.0
-    """λ_adv beside the likelihood; 0 is MOPO's model"""
-    gradient_penalty: float = 0.1
-    """γ_D, weight of the squared gradient of D at transitions of the data"""
-    termination: str = ""
-    """how episodes end: hopper, walker2d, halfcheetah, pendulum, none; empty: by the task's name"""
-    model_steps: int = 50_000
-    """gradient steps of the world model; the policy learns in the rest of --steps"""
-    ensemble: int = 5
-    """members of the world model"""
-    model_dim: int = 200
-    """units in each of the world model's hidden layers"""
-    model_layers: int = 4
-    """hidden layers of the world model"""
-    discriminator_dim: int = 256
-    """units in each of the discriminator's three hidden layers"""
-    model_learning_rate: float = 1e-3
-    """Adam's step size, world model"""
-    discriminator_learning_rate: float = 2e-4
-    """Adam's step size, discriminator"""
-    rollout_every: int = 1000
-    """gradient steps of the policy between rollouts"""
-    rollout_batch: int = 5000
-    """branches per rollout"""
-    rollout_length: int = 5
-    """imagined steps per branch"""
-    rollout_keep: int = 5
-    """rollouts that the buffer of imagined transitions holds"""
-    real_fraction: float = 0.05
-    """share of real transitions in the policy's batches; 1 is SAC on a fixed data set"""
-    gamma: float = 0.99
-    """discount per step"""
-    tau: float = 0.005
-    """share of the new parameters in a target network's update"""
-    steps: int = 300_000
-    """gradient steps: first the world model's, then the policy's"""
-    batch_size: int = 256
-    """transitions per gradient step, and per member of the world model"""
-    hidden_dim: int = 256
-    """units in each of the two hidden layers of actor and critics"""
-    learning_rate: float = 3e-4
-    """Adam's step size: actor, critics and temperature"""
+    # u: -log D of the sample, largest |σ_i|, farthest μ_i from their mean, MOAN's sum, or nothing.
+    penalty: Literal["discriminator", "aleatoric", "disagreement", "moan", "none"] = "discriminator"
+    penalty_weight: float = 1.0  # λ: reward's standard deviations per multiple of the data's mean u
+    adversarial_weight: float = 1.0  # λ_adv beside the likelihood; 0 is MOPO's model
+    gradient_penalty: float = 0.1  # γ_D, weight of the squared gradient of D at transitions
+    termination: str = (
+        ""  # how episodes end: hopper, walker2d, halfcheetah, pendulum, none; or by name
+    )
+    model_steps: int = (
+        50_000  # gradient steps of the world model; the policy has the rest of --steps
+    )
+    ensemble: int = 5  # members of the world model
+    model_dim: int = 200  # units in each of the world model's hidden layers
+    model_layers: int = 4  # hidden layers of the world model
+    discriminator_dim: int = 256  # units in each of the discriminator's three hidden layers
+    model_learning_rate: float = 1e-3  # Adam's step size, world model
+    discriminator_learning_rate: float = 2e-4  # Adam's step size, discriminator
+    rollout_every: int = 1000  # gradient steps of the policy between rollouts
+    rollout_batch: int = 5000  # branches per rollout
+    rollout_length: int = 5  # imagined steps per branch
+    rollout_keep: int = 5  # rollouts that the buffer of imagined transitions holds
+    real_fraction: float = 0.05  # share of real transitions in the policy's batches; 1: offline SAC
+    gamma: float = 0.99  # discount per step
+    tau: float = 0.005  # share of the new parameters in a target network's update
+    steps: int = 300_000  # gradient steps: first the world model's, then the policy's
+    batch_size: int = 256  # transitions per gradient step, and per member of the world model
+    hidden_dim: int = 256  # units in each of the two hidden layers of actor and critics
+    learning_rate: float = 3e-4  # Adam's step size: actor, critics and temperature
 
     # The run: the same flags in every file.
-    dataset: str = "hopper-medium-replay"
-    """a name (ours), a name with -v2 (D4RL's), a Minari id, or a path to .hdf5, .npz or Minari"""
-    env_id: str = ""
-    """evaluation environment, also module:Id; empty: the dataset's; none: validation losses only"""
-    seed: int = 0
-    """seed of the networks, the batches and the evaluation"""
-    seeds: tuple[int, ...] = ()
-    """several seeds in one process, in run_dir/seed<k> each, the same as one by one"""
-    eval_every: int = 5000
-    """gradient steps between evaluations; the last step is always evaluated"""
-    eval_episodes: int = 10
-    """episodes per evaluation, all stepped together"""
-    validation_fraction: float = 0.05
-    """share of the episodes kept out of training, for the validation losses"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps; auto takes a GPU if there is one"""
-    matmul_precision: Literal["highest", "high", "medium"] = "high"
-    """float32 products: high is TF32 on CUDA, medium is bfloat16 also on CPUs that have AMX"""
-    compile: bool = False
-    """fuse the update's kernels with torch.compile"""
-    cuda_graph: bool = True
-    """on CUDA: capture the whole update in a graph; same numbers, far fewer launches"""
-    run_dir: str = ""
-    """where everything is written; empty: runs/<algorithm>/<dataset>/seed<seed>"""
-    resume: bool = False
-    """continue from the checkpoint in the run directory"""
-    save_every: int = 50_000
-    """gradient steps between checkpoints; the last step and Ctrl-C save too"""
-    evaluate: str = ""
-    """path of a checkpoint: evaluate it, no training"""
-    capture_video: bool = False
-    """record one evaluation episode as MP4 at the end"""
-
-
-# ------------------------------------------------------------------------------------- Dataset
-
-D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
-REFERENCES = {  # D4RL's returns of a random and of an expert policy: scores 0 and 100
-    "HalfCheetah": (-280.178953, 12135.0),
-    "Hopper": (-20.272305, 3234.3),
-    "Walker2d": (1.629008, 4592.3),
-    "Ant": (-325.6, 3879.7),
-}
-
-
-@dataclass
-class Dataset:
-    """N transitions, episode after episode. To bring arrays of your own, fill one of these."""
-
-    name: str
-    source: str
-    env_id: str  # where to evaluate; "none": nowhere
-    observations: np.ndarray  # (N, S) float32
-    actions: np.ndarray  # (N, A) float32, scaled to [-1, 1] from the bounds below
-    rewards: np.ndarray  # (N, 1) float32
-    next_observations: np.ndarray  # (N, S) float32, the successor, also at an episode's end
-    terminals: np.ndarray  # (N, 1) float32: 1 where the task ended, so that nothing follows
-    ends: np.ndarray  # (N,) bool: last step of an episode, by a terminal or by a time limit
-    action_low: np.ndarray  # (A,) float32
-    action_high: np.ndarray  # (A,) float32
-    references: tuple[float, float]  # returns that score 0 and 100; NaN where there are none
-
-    def __post_init__(self):
-        self.episodes = np.cumsum(self.ends) - self.ends  # (N,) the number of each row's episode
-        self.returns = np.bincount(self.episodes, weights=self.rewards[:, 0])  # (E,)
-
-    def tensors(self, rows: np.ndarray, device: torch.device) -> dict[str, torch.Tensor]:
-        """What a learner is given: the chosen rows of every array, and the bounds, (1, A) each."""
-        names = ("observations", "actions", "rewards", "next_observations", "terminals", "episodes")
-        arrays = {name: getattr(self, name)[rows] for name in names}
-        arrays |= {"action_low": self.action_low[None], "action_high": self.action_high[None]}
-        return {name: torch.as_tensor(array, device=device) for name, array in arrays.items()}
-
-
-def load_dataset(name: str, env_id: str = "") -> Dataset:
-    """Finds, downloads, reads and checks a data set; raises SystemExit with one clear sentence."""
-
-    def refuse(what):
-        raise SystemExit(f"Data set '{name}': {what}")
-
-    # Where it is: a path, a file of ours, one of D4RL's, one of Minari's.
-    places = [Path(__file__).resolve().parents[1] / "datasets", Path("datasets")]
-    paths = [path for path in (Path(name), *(p / f"{name}.hdf5" for p in places)) if path.exists()]
-    d4rl = re.fullmatch("(halfcheetah|hopper|walker2d|ant)-([a-z-]+)-v2", name)
-    if paths:
-        raw, meta = (read_minari if paths[0].is_dir() else read_flat)(paths[0])
-        source = str(paths[0])
-    elif d4rl:
-        raw, meta = read_flat(download(f"{d4rl[1]}_{d4rl[2].replace('-', '_')}-v2.hdf5"))
-        task = next(key for key in REFERENCES if key.lower() == d4rl[1])
-        meta["env_id"], source = f"{task}-v4", "D4RL"  # -v4 has the dynamics of D4RL's -v2
-    elif re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", name):
-        (raw, meta), source = read_minari(name), "Minari"
-    else:
-        known = sorted({file.stem for place in places for file in place.glob("*.hdf5")})
-        refuse(
-            f"no such file or name. At hand: {', '.join(known) or 'none'}. `python datasets/make.py"
-            f" --list` shows those it can make; hopper-medium-v2 is D4RL's, ids like"
-            f" mujoco/hopper/expert-v0 are Minari's."
-        )
-
-    # What the file says of its environment; the environment itself knows better.
-    env_id = env_id or meta.get("env_id", "none")
-    low, high, limit = meta.get("action_low", -1.0), meta.get("action_high", 1.0), None
-    if env_id != "none":
-        env = make_env(env_id)
-        low, high, limit = env.action_space.low, env.action_space.high, env.spec.max_episode_steps
-        dims = env.observation_space.shape, env.action_space.shape
-        env.close()
-    reference = REFERENCES.get(env_id.split("-v")[0], (math.nan, math.nan))
-    reference = meta.get("ref_min_score", reference[0]), meta.get("ref_max_score", reference[1])
-
-    # Whether it can be learnt from.
-    missing = {"observations", "actions", "rewards", "terminals"} - raw.keys()
-    if missing:
-        refuse(f"it lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(raw)) or 'none'}.")
-    n = len(raw["observations"])
-    if n == 0:
-        refuse("it is empty.")
-    if np.issubdtype(raw["actions"].dtype, np.integer):
-        refuse("its actions are discrete (integers), this algorithm needs continuous ones.")
-    raw.setdefault("timeouts", np.zeros(n))
-    last = (raw["terminals"] > 0) | (raw["timeouts"] > 0)
-    rows = {key: n for key in ("observations", "actions", "rewards", "terminals", "timeouts")}
-    rows |= {"next_observations": n} if "next_observations" in raw else {}
-    rows |= {"final_observations": last.sum()} if "final_observations" in raw else {}
-    for key, number in rows.items():
-        if len(raw[key]) != number:
-            refuse(f"'{key}' has {len(raw[key])} rows, 'observations' has {n} ({number} due).")
-        raw[key] = raw[key].reshape(number, -1).astype(np.float32)
-        if "observations" in key and raw[key].shape[1:] != raw["observations"].shape[1:]:
-            refuse(f"'{key}' has rows of another size than 'observations'.")
-        bad = ~np.isfinite(raw[key]).all(axis=1)
-        if bad.any():
-            refuse(f"'{key}' is NaN or infinite, first at index {bad.argmax()}.")
-    s, a, terminals = raw["observations"], raw["actions"], raw["terminals"][:, 0] > 0
-    if env_id != "none" and (s.shape[1:], a.shape[1:]) != dims:
-        shapes = f"states {s.shape[1:]} and actions {a.shape[1:]}, {env_id} has {dims}"
-        refuse(f"it has {shapes}; name its environment with --env-id.")
-    low, high = (np.broadcast_to(np.float32(x), a.shape[1:]).copy() for x in (low, high))
-    if not np.isfinite(high - low).all():
-        refuse(f"the actions of {env_id} are bounded by {low} and {high}; they must be finite.")
-    outside = ((a < low - 1e-4) | (a > high + 1e-4)).any(axis=1)
-    if outside.any():
-        i = outside.argmax()
-        refuse(f"action {a[i]} at index {i} is outside the bounds {low} to {high}.")
-
-    if "final_observations" in raw:  # our files hold a successor once: in the next row, or here
-        if not last.reshape(n)[-1]:
-            refuse("its last row is no episode's end, so 'final_observations' cannot be placed.")
-        raw["next_observations"] = np.append(s[1:], s[-1:], axis=0)
-        raw["next_observations"][last.reshape(n)] = raw["final_observations"]
-
-    # Where its episodes end. A terminal is the task's end, a timeout only the recording's: what
-    # masks the bootstrap is the terminal alone, and nothing reaches across either.
-    ends = terminals | (raw["timeouts"][:, 0] > 0)
-    ends |= breaks(s, raw.get("next_observations"), terminals)
-    starts = np.maximum.accumulate(np.where(np.append(True, ends[:-1]), np.arange(n), 0))
-    ends |= (np.arange(n) - starts + 1) % (limit or n + 1) == 0
-    keep = np.ones(n, bool)
-    if "next_observations" not in raw:  # it is the next row; a timeout has none here, so drop it
-        raw["next_observations"] = np.append(s[1:], s[-1:], axis=0)
-        keep = terminals | ~ends
-        if not keep.any():
-            refuse("none of its rows has a successor.")
-        ends[:-1] |= ~keep[1:]
-    return Dataset(
-        name=Path(name).stem if Path(name).suffix else name.rstrip("/"),
-        source=source,
-        env_id=env_id,
-        observations=s[keep],
-        actions=(2 * (a[keep] - low) / (high - low) - 1).clip(-1, 1),
-        rewards=raw["rewards"][keep],
-        next_observations=raw["next_observations"][keep],
-        terminals=np.float32(terminals[keep, None]),
-        ends=ends[keep],
-        action_low=low,
-        action_high=high,
-        references=(float(reference[0]), float(reference[1])),
-    )
-
-
-def breaks(s, s_next, terminals):
-    """Rows (N,) that the next row does not follow, whatever the file says: D4RL's medium-replay
-    files leave out some timeouts."""
-    if s_next is not None:
-        return np.append(np.any(s_next[:-1] != s[1:], axis=1), True)
-    # Without successors: the row before one that looks like those that episodes begin with.
-    first = s[np.append(True, terminals[:-1])]
-    spread = np.abs(first - first.mean(0)).max(0)
-    alike = (np.abs(s - first.mean(0)) <= 1.5 * spread).all(1) & (len(first) >= 20)
-    return np.append(alike[1:] & ~alike[:-1], True)
-
-
-def read_flat(path: Path) -> tuple[dict[str, np.ndarray], dict]:
-    """Arrays and attributes of an .hdf5 or .npz file in D4RL's flat layout."""
-    try:
-        if path.suffix == ".npz":
-            with np.load(path) as file:
-                return dict(file), {}
-        with h5py.File(path) as file:
-            arrays = {key: item[()] for key, item in file.items() if isinstance(item, h5py.Dataset)}
-            return arrays, dict(file.attrs)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise SystemExit(f"{path} cannot be read as .hdf5 or .npz: {error}") from None
-
-
-def read_minari(name: str | Path) -> tuple[dict[str, np.ndarray], dict]:
-    """Arrays and attributes of a Minari data set, by folder or by id (downloaded if need be)."""
-    try:
-        if isinstance(name, Path):
-            data = minari.MinariDataset(name / "data" if (name / "data").is_dir() else name)
-        else:
-            data = minari.load_dataset(name, download=True)
-        episodes = list(data.iterate_episodes())
-        columns = {
-            "observations": [episode.observations[:-1] for episode in episodes],
-            "next_observations": [episode.observations[1:] for episode in episodes],
-            "actions": [episode.actions for episode in episodes],
-            "rewards": [episode.rewards for episode in episodes],
-            "terminals": [episode.terminations for episode in episodes],
-            "timeouts": [episode.truncations for episode in episodes],
-        }
-        env_id = {"env_id": data.spec.env_spec.id} if data.spec.env_spec else {}
-        return {k: np.concatenate(v) for k, v in columns.items()}, data.storage.metadata | env_id
-    except Exception as error:  # no network, no such id, observations that are no flat array ...
-        raise SystemExit(f"Minari cannot load '{name}': {error!r}") from None
-
-
-def download(file_name: str) -> Path:
-    """Path of a D4RL file in the d4rl package's cache folder (D4RL_DATASET_DIR moves it), fetched
-    once from D4RL's server (D4RL_MIRROR names another) and begun anew after a broken transfer."""
-    folder = Path(os.environ.get("D4RL_DATASET_DIR", Path.home() / ".d4rl" / "datasets"))
-    path, part = folder / file_name, folder / f"{file_name}.part"
-    url = os.environ.get("D4RL_MIRROR", D4RL_URL).rstrip("/") + "/" + file_name
-    folder.mkdir(parents=True, exist_ok=True)
-    problem = None
-    for _ in range(0 if path.exists() else 3):
-        try:
-            torch.hub.download_url_to_file(url, str(part))  # shows a progress bar
-            h5py.File(part).close()  # raises OSError if the file is cut or is something else
-            return part.rename(path)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            problem = error
-    if problem is not None:
-        hint = f"name a mirror in D4RL_MIRROR, or put the file into {folder} by hand"
-        raise SystemExit(f"No D4RL data from {url}: {problem}. Try again later, {hint}.")
-    return path
-
-
-def make_env(env_id: str, **options) -> gym.Env:
-    """`gym.make`, with one clear sentence for what can go wrong."""
-    try:
-        env = gym.make(env_id, **options)
-    except (gym.error.Error, ImportError) as error:
-        raise SystemExit(f"Environment '{env_id}' (--env-id) cannot be made: {error}") from None
-    if not all(isinstance(x, gym.spaces.Box) for x in (env.action_space, env.observation_space)):
-        raise SystemExit(f"Environment '{env_id}' (--env-id): not all spaces are Box (continuous).")
-    return env
+    dataset: str = "hopper-medium-replay"  # one of datasets/, a Minari id, or a path (.hdf5, .npz)
+    env_id: str = ""  # where to evaluate, also module:Id; empty: the data's; none: nowhere
+    seed: int = 0  # seed of the networks, the batches, the held-out episodes and the evaluation
+    eval_every: int = 5000  # gradient steps between evaluations, the last step's is one; 0: never
+    eval_episodes: int = 10  # episodes per evaluation, all stepped together
+    validation_fraction: float = 0.05  # share of the episodes held out, for validation losses
+    threads: int = 1  # CPU threads; small networks gain little from more, other runs lose much
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1 or mps
+    matmul_precision: Literal["highest", "high", "medium"] = "high"  # medium: bfloat16, with AMX
+    cuda_graph: bool = True  # on CUDA, replay each update as one graph: same numbers, less waiting
+    run_dir: str = ""  # where everything is written; empty: runs/<algorithm>/<dataset>/seed<seed>
+    resume: bool = False  # continue from the checkpoint in the run directory
+    save_every: int = 50_000  # gradient steps between checkpoints; evaluations, the end, Ctrl-C too
+    evaluate: str = ""  # a checkpoint or its folder: evaluate its policy, no training
+    capture_video: bool = False  # record an episode of the last evaluation as MP4
 
 
 # ------------------------------------------------------------------------------------ Networks
@@ -392,21 +127,41 @@ def mlp(in_dim: int, hidden_dim: int, out_dim: int, hidden_layers: int = 2) -> n
     return nn.Sequential(*sum(layers, ()), nn.Linear(hidden_dim, out_dim))
 
 
-class Policy(nn.Module):
-    """π: normalised states (B, S) -> a sample of the squashed Gaussian (B, A) and its log-density
-    (B, 1)."""
+class Scaling(nn.Module):
+    """Between the environment's units and the networks': whoever has the policy has it too."""
 
-    def __init__(self, data, hidden_dim):
+    def __init__(self, task):
         super().__init__()
-        # Normalisation belongs to the policy, so that whoever has the policy has it too.
-        self.register_buffer("state_mean", data["observations"].mean(0))
-        self.register_buffer("state_std", data["observations"].std(0, correction=0) + 1e-3)
-        self.register_buffer("action_low", data["action_low"])
-        self.register_buffer("action_high", data["action_high"])
-        self.net = mlp(len(self.state_mean), hidden_dim, 2 * self.action_low.shape[1])
+        self.register_buffer("mean", torch.zeros(task["sizes"][0]))
+        self.register_buffer("std", torch.ones(task["sizes"][0]))
+        self.register_buffer("bounds", torch.tensor(task["bounds"]))  # (2, A)
 
-    def normalise(self, observations):
-        return (observations - self.state_mean) / self.state_std
+    def fit(self, observations):
+        self.mean.copy_(observations.mean(0))
+        self.std.copy_(observations.std(0, correction=0) + 1e-3)
+
+    def state(self, observations):
+        """Normalised states (N, S) of one observation (S,) or many, NumPy or tensor."""
+        s = torch.as_tensor(observations, dtype=torch.float32, device=self.mean.device)
+        return (s.reshape(-1, len(self.mean)) - self.mean) / self.std
+
+    def action(self, a, observations):
+        """Actions in the environment's bounds, of the shape and the kind of the observations."""
+        low, high = self.bounds
+        a = torch.clamp(low + 0.5 * (a + 1) * (high - low), low, high)  # rounding may leave them
+        a = a.reshape(*np.shape(observations)[:-1], -1)
+        return a if isinstance(observations, torch.Tensor) else a.numpy(force=True)
+
+
+class Policy(nn.Module):
+    """π: states (B, S) -> a sample of the squashed Gaussian (B, A) and its log-density (B, 1)."""
+
+    flags = ()  # those of acting: --evaluate obeys them
+
+    def __init__(self, task, args):
+        super().__init__()
+        self.scaling, (state_dim, action_dim) = Scaling(task), task["sizes"]
+        self.net = mlp(state_dim, args.hidden_dim, 2 * action_dim)
 
     def forward(self, s):
         mu, log_sigma = self.net(s).chunk(2, dim=-1)
@@ -419,16 +174,20 @@ class Policy(nn.Module):
         return torch.tanh(u), log_prob.sum(-1, keepdim=True)
 
     @torch.no_grad()
-    def act(self, observations: torch.Tensor) -> torch.Tensor:
-        """What a user calls: raw observations (N, S) -> actions (N, A) in the environment's
-        bounds, the squashed mean."""
-        a = torch.tanh(self.net(self.normalise(observations)).chunk(2, dim=-1)[0])
-        return self.action_low + 0.5 * (a + 1) * (self.action_high - self.action_low)
+    def act(self, observations, deterministic: bool = True):
+        """What a user calls: one raw observation (S,) or many (N, S), NumPy or tensor -> as many
+        actions in the environment's bounds; the squashed mean, or a sample."""
+        s = self.scaling.state(observations)
+        a = torch.tanh(self.net(s).chunk(2, dim=-1)[0]) if deterministic else self(s)[0]
+        return self.scaling.action(a, observations)
+
+    def actors(self) -> dict:
+        """What to evaluate, by suffix of its columns; the first one is the result."""
+        return {"": self.act}
 
 
 class TwinCritic(nn.Module):
-    """Q_1 and Q_2 as one batched network: states (B, S), actions (B, A) -> values (2, B, 1). With
-    members=1 Q_1 alone, (1, B, 1), at half the cost."""
+    """Q_1 and Q_2 as one batched network: states (B, S), actions (B, A) -> values (2, B, 1)."""
 
     def __init__(self, state_dim, action_dim, hidden_dim, hidden_layers=2):
         super().__init__()
@@ -439,39 +198,34 @@ class TwinCritic(nn.Module):
             self.weights.append(torch.empty(2, fan_in, fan_out).uniform_(-bound, bound))
             self.biases.append(torch.empty(2, 1, fan_out).uniform_(-bound, bound))
 
-    def forward(self, s, a, members=2):
-        x = torch.cat([s, a], dim=-1).expand(members, -1, -1)  # (2, B, S + A)
-        weights, biases = list(self.weights), list(self.biases)
-        if members == 1:  # to take both is no slice: its backward pass would copy all gradients
-            weights, biases = [w[:1] for w in weights], [b[:1] for b in biases]
-        for weight, bias in zip(weights[:-1], biases[:-1]):
+    def forward(self, s, a):
+        x = torch.cat([s, a], dim=-1).expand(2, -1, -1)  # (2, B, S + A)
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
             x = torch.baddbmm(bias, x, weight).relu_()  # (2, B, H)
-        return torch.baddbmm(biases[-1], x, weights[-1])  # (2, B, 1)
+        return torch.baddbmm(self.biases[-1], x, self.weights[-1])  # (2, B, 1)
 
 
 class WorldModel(nn.Module):
     """G: N Gaussians of x = (s' - s, r), standardised, as one batched network: states (N, B, S) and
-    actions (N, B, A), or (B, S) and (B, A) for all -> means and deviations (N, B, S + 1)."""
+    actions (N, B, A), or (B, S) and (B, A) for all -> μ and σ (N, B, S + 1)."""
 
-    def __init__(self, data, args):
+    def __init__(self, s, a, r, s_next, args):
         super().__init__()
-        s, s_next = data["observations"], data["next_observations"]  # normalised
-        x = torch.cat([s_next - s, data["rewards"]], dim=-1)
+        x = torch.cat([s_next - s, r], dim=-1)
         self.register_buffer("x_mean", x.mean(0))
         self.register_buffer("x_std", x.std(0, correction=0) + 1e-3)
         self.register_buffer("s_low", torch.minimum(s.amin(0), s_next.amin(0)) - 1)
         self.register_buffer("s_high", torch.maximum(s.amax(0), s_next.amax(0)) + 1)
-        in_dim, hidden = s.shape[1] + data["actions"].shape[1], [args.model_dim] * args.model_layers
-        sizes = (in_dim, *hidden, 2 * x.shape[1])
-        self.members = args.ensemble
+        hidden, n = [args.model_dim] * args.model_layers, args.ensemble
+        sizes = (s.shape[1] + a.shape[1], *hidden, 2 * x.shape[1])
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
             bound = fan_in**-0.5  # as nn.Linear begins
-            self.weights.append(torch.empty(self.members, fan_in, fan_out).uniform_(-bound, bound))
-            self.biases.append(torch.empty(self.members, 1, fan_out).uniform_(-bound, bound))
+            self.weights.append(torch.empty(n, fan_in, fan_out).uniform_(-bound, bound))
+            self.biases.append(torch.empty(n, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, s, a):
-        x = torch.cat([s, a], dim=-1).expand(self.members, -1, -1)  # (N, B, S + A)
+        x = torch.cat([s, a], dim=-1).expand(len(self.weights[0]), -1, -1)  # (N, B, S + A)
         for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
             x = F.silu(torch.baddbmm(bias, x, weight))  # (N, B, H)
         mu, log_sigma = torch.baddbmm(self.biases[-1], x, self.weights[-1]).chunk(2, dim=-1)
@@ -514,121 +268,85 @@ GOES_ON = {
 }
 
 
-def termination_rule(args: Args, data: dict[str, torch.Tensor]):
-    """The rule asked for, or the one of the task's name; that one must explain the terminals."""
-    path = Path(args.dataset)
-    task = path.stem if path.suffix in (".hdf5", ".npz") else args.dataset
-    task = task if args.env_id in ("", "none") else args.env_id
-    known = re.search(rf"(?<![a-z])({'|'.join(GOES_ON)})", task.lower())
-    name = args.termination or (known[1] if known else "")
+def termination_rule(asked: str, env_id: str, s_next, d):
+    """The rule asked for, or else the environment's, if it explains the data: where the states s'
+    (B, S) are terminals, d (B, 1)."""
+    name = asked or re.sub(r"^.*[/:]|-v\d+$", "", env_id).lower()
     way_out = f"--termination takes {', '.join(GOES_ON)} (none: only time ends an episode)."
-    if name not in GOES_ON:
-        raise SystemExit(
-            f"--termination {name}: no such rule. {way_out}"
-            if name
-            else f"Imagined episodes need a rule that ends them, '{task}' names none. {way_out}"
-        )
-    wrong = (~GOES_ON[name](data["next_observations"]) != (data["terminals"][:, 0] > 0)).sum()
-    blank = not data["observations"].any()  # --evaluate has no data
-    if not args.termination and not blank and wrong > 0.001 * len(data["terminals"]):
-        raise SystemExit(
-            f"The rule that ends episodes of '{name}', taken from the name '{task}', contradicts"
-            f" {wrong:,} of the data's {len(data['terminals']):,} rows. {way_out}"
-        )
+    known = name in GOES_ON and (asked or env_id != "none")
+    check(known, f"No rule of '{name}' is known that ends imagined episodes. {way_out}")
+    wrong = (GOES_ON[name](s_next) == (d[:, 0] > 0)).sum().item()
+    ok, rows = asked or wrong <= 0.001 * len(d), f"{wrong:,} of the data's {len(d):,} rows"
+    check(ok, f"The rule that ends episodes of '{name}' contradicts {rows}. {way_out}")
     return GOES_ON[name]
 
 
-class GANWorldModel:
-    """The learner. All it needs lives on the data's device, so one update is one CUDA graph."""
+class GANWorldModel(nn.Module):
+    """The learner: its parameters and buffers are what a checkpoint holds."""
 
-    def __init__(self, data: dict[str, torch.Tensor], args: Args):
+    def __init__(self, data: dict[str, torch.Tensor], task: dict, args: Args):
+        super().__init__()
         least = dict(model_steps=0, ensemble=1, rollout_every=1, rollout_batch=1, rollout_length=1)
         least |= dict(rollout_keep=1, real_fraction=0, penalty_weight=0, adversarial_weight=0)
-        for name, low in least.items():
-            high = 1 if name == "real_fraction" else math.inf
-            if not low <= getattr(args, name) <= high:
-                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-                raise SystemExit(f"{flag}: it must lie between {low} and {high}.")
-        self.goes_on = termination_rule(args, data)
+        for flag, low in least.items():
+            value, high = getattr(args, flag), 1 if flag == "real_fraction" else math.inf
+            sentence = f"--{flag.replace('_', '-')} {value}: it must lie between {low} and {high}."
+            check(low <= value <= high, sentence)
 
+        # Dynamics are learnt from the rows that have a successor; a terminal may have none.
         self.args, device = args, data["rewards"].device
-        state_dim, action_dim = data["observations"].shape[1], data["actions"].shape[1]
-        self.policy = Policy(data, args.hidden_dim).to(device)
-        normalised = ("observations", "next_observations")
-        self.data = {**data, **{key: self.policy.normalise(data[key]) for key in normalised}}
+        self.recorded = data["recorded"].nonzero()[:, 0]  # (M,)
+        raw, d = data["next_observations"][self.recorded], data["terminals"][self.recorded]
+        self.goes_on = termination_rule(args.termination, task["env_id"], raw, d)
+        self.policy = Policy(task, args).to(device)
+        self.policy.scaling.fit(data["observations"])
+        s, s_next = map(
+            self.policy.scaling.state, (data["observations"], data["next_observations"])
+        )
+        self.data = (s, data["actions"], data["rewards"], s_next, data["terminals"])
+
+        (state_dim, action_dim), hidden = task["sizes"], args.discriminator_dim
         self.critic = TwinCritic(state_dim, action_dim, args.hidden_dim).to(device)
         self.critic_target = copy.deepcopy(self.critic)
-        self.log_alpha = torch.zeros((), device=device, requires_grad=True)
+        self.log_alpha = nn.Parameter(torch.zeros((), device=device))
         self.target_entropy = -action_dim
-        self.model = WorldModel(self.data, args).to(device)
-        self.discriminator = mlp(2 * state_dim + action_dim + 1, args.discriminator_dim, 1, 3)
-        self.discriminator.to(device)
+        known = [column[self.recorded] for column in self.data[:4]]
+        self.model = WorldModel(*known, args).to(device)
+        self.discriminator = mlp(2 * state_dim + action_dim + 1, hidden, 1, 3).to(device)
 
         # The imagined transitions: a ring of rows (s, a, r̂, ŝ', d, penalty).
+        self.real = round(args.real_fraction * args.batch_size)  # of each of the policy's batches
         self.widths = (state_dim, action_dim, 1, state_dim, 1, 1)
         rows = args.rollout_keep * args.rollout_batch * args.rollout_length
-        rows = rows if args.real_fraction < 1 else 0
-        self.imagined = torch.zeros(rows, sum(self.widths), device=device)
-        self.count = torch.zeros((), dtype=torch.long, device=device)  # rows ever written
+        rows = rows if self.real < args.batch_size else 0
+        self.register_buffer("imagined", torch.zeros(rows, sum(self.widths), device=device))
+        self.register_buffer("count", torch.tensor(0, device=device))  # rows ever written
 
-        adam = dict(fused=True, capturable=device.type == "cuda")
-        optimizer = functools.partial(torch.optim.Adam, lr=args.learning_rate, **adam)
-        self.policy_optimizer = optimizer(self.policy.parameters())
-        self.critic_optimizer = optimizer(self.critic.parameters())
-        self.alpha_optimizer = optimizer([self.log_alpha])
-        self.model_optimizer = optimizer(self.model.parameters(), lr=args.model_learning_rate)
-        self.discriminator_optimizer = optimizer(
-            self.discriminator.parameters(), lr=args.discriminator_learning_rate, betas=(0.5, 0.999)
+        self.policy_optimizer = adam(self.policy, args.learning_rate)
+        self.critic_optimizer = adam(self.critic, args.learning_rate)
+        self.alpha_optimizer = adam([self.log_alpha], args.learning_rate)
+        self.model_optimizer = adam(self.model, args.model_learning_rate)
+        self.discriminator_optimizer = adam(
+            self.discriminator, args.discriminator_learning_rate, betas=(0.5, 0.999)
         )
 
     def phase(self, step: int):
-        """The update to use at this step, and how many gradient steps one call of it takes: first
-        the world model's, then the policy's, some of them after a rollout."""
-        k = step - self.args.model_steps
+        """The update to do at this step, each a CUDA graph: first the world model's, then the
+        policy's, some of them after a rollout."""
+        k = step - 1 - self.args.model_steps
         if k < 0:
-            return self.update, 1
-        return (self.update_policy if k % self.args.rollout_every else self.update_after_rollout), 1
-
-    def update_policy(self) -> dict[str, torch.Tensor]:
-        return self.update(model=False)
-
-    def update_after_rollout(self) -> dict[str, torch.Tensor]:
-        return self.update(model=False, rollout=True)
-
-    def update(self, model: bool = True, rollout: bool = False) -> dict[str, torch.Tensor]:
-        """One step of the world model, or one of the policy. Returns detached tensors, never
-        synchronises."""
-        if model:
-            return self.update_model()
-        if rollout and self.args.real_fraction < 1:
-            self.roll_out()
-        s, a, r, s_next, d, penalty = self.sample()  # (B, S), (B, A), (B, 1), (B, S), (B, 1) x 2
-        metrics = self.update_critic(s, a, r - penalty, s_next, d)
-        metrics |= self.update_actor(s)
-        with torch.no_grad():
-            target, online = self.critic_target.parameters(), self.critic.parameters()
-            torch._foreach_lerp_(list(target), list(online), self.args.tau)
-        if self.args.real_fraction < 1:
-            real = round(self.args.real_fraction * self.args.batch_size)
-            metrics |= {
-                "imagined/reward": r[real:].mean(),
-                "imagined/penalty": penalty[real:].mean(),
-            }
-            metrics |= {"imagined/ended": d[real:].mean()}
-        return metrics
+            return self.update_model
+        rolls = k % self.args.rollout_every == 0 and len(self.imagined)
+        return self.update_policy_after_rollout if rolls else self.update_policy
 
     # The world model.
 
-    def update_model(self):
+    def update_model(self) -> dict[str, torch.Tensor]:
+        """One step of the world model and of D. Returns tensors, never synchronises."""
         # Every member has a batch of its own: they begin apart and stay apart.
         members, size = self.args.ensemble, self.args.batch_size
-        i = torch.randint(
-            len(self.data["rewards"]), (members, size), device=self.data["rewards"].device
-        )
-        keys = ("observations", "actions", "rewards", "next_observations")
-        s, a, r, s_next = (
-            self.data[key][i] for key in keys
-        )  # (N, B, S), (N, B, A), (N, B, 1), ...
+        i = torch.randint(len(self.recorded), (members, size), device=self.recorded.device)
+        s, a, r, s_next = (column[self.recorded[i]] for column in self.data[:4])  # (N, B, .) each
         x = self.model.standardise(s, r, s_next)  # (N, B, S + 1)
 
         # Likelihood, the members' sum.
@@ -654,16 +372,10 @@ class GANWorldModel:
         # and σ.
         self.discriminator.requires_grad_(False)
         adversarial = F.softplus(-self.discriminator(fake)).mean()
-        loss = nll + members * self.args.adversarial_weight * adversarial
-        self.model_optimizer.zero_grad()
-        loss.backward()
-        self.model_optimizer.step()
         self.discriminator.requires_grad_(True)
-        metrics |= {
-            "losses/nll": nll.detach() / members,
-            "losses/adversarial": adversarial.detach(),
-        }
-        return metrics
+        loss = nll + members * self.args.adversarial_weight * adversarial
+        minimise(self.model_optimizer, loss)
+        return metrics | {"losses/nll": nll / members, "losses/adversarial": adversarial}
 
     def nll(self, x, mu, sigma):
         """Negative log-likelihood in nats per dimension, the members' sum."""
@@ -682,10 +394,8 @@ class GANWorldModel:
         # D is smooth where the data is (R_1): its gradient there is all that G learns from.
         (slope,) = torch.autograd.grad(logit.sum(), real, create_graph=True)
         loss = loss.mean() + 0.5 * self.args.gradient_penalty * slope.square().sum(1).mean()
-        self.discriminator_optimizer.zero_grad()
-        loss.backward()
-        self.discriminator_optimizer.step()
-        return {"losses/discriminator": loss.detach()} | self.accuracy(logit, logit_fake, logit_far)
+        minimise(self.discriminator_optimizer, loss)
+        return {"losses/discriminator": loss} | self.accuracy(logit, logit_fake, logit_far)
 
     def accuracy(self, real, fake, far):
         return {
@@ -705,18 +415,23 @@ class GANWorldModel:
         return *self.model.follow(s, x_hat), self.uncertainty(s, a, x_hat, mu, sigma)
 
     def uncertainty(self, s, a, x_hat, mu, sigma):
+        logit = self.discriminator(torch.cat([s, a, x_hat], dim=-1))  # (B, 1)
+        largest = sigma.norm(dim=-1).amax(0)[:, None]  # (B, 1)
         if self.args.penalty == "discriminator":
-            return F.softplus(-self.discriminator(torch.cat([s, a, x_hat], dim=-1)))  # -log D
+            return F.softplus(-logit)  # -log D
         if self.args.penalty == "aleatoric":
-            return sigma.norm(dim=-1).amax(0)[:, None]
+            return largest
+        if self.args.penalty == "moan":
+            return largest + 0.1 * (torch.sigmoid(-logit) - 0.5)  # 1 - D
         if self.args.penalty == "disagreement":
             return (mu - mu.mean(0)).norm(dim=-1).amax(0)[:, None]
-        return torch.zeros_like(s[:, :1])
+        return torch.zeros_like(logit)
 
     def some_data(self):
-        device = self.data["rewards"].device
-        i = torch.randint(len(self.data["rewards"]), (self.args.rollout_batch,), device=device)
-        return self.data["observations"][i], self.data["actions"][i]
+        """States (B, S) and actions (B, A) for a rollout's branches."""
+        s, a, *_ = self.data
+        i = torch.randint(len(s), (self.args.rollout_batch,), device=s.device)
+        return s[i], a[i]
 
     @torch.no_grad()
     def roll_out(self):
@@ -729,7 +444,7 @@ class GANWorldModel:
             a, _ = self.policy(s)
             s_next, r, u = self.imagine(s, a)
             penalty = scale * (u / u_data - 1).clamp(0, 10)
-            raw = self.policy.state_mean + self.policy.state_std * s_next
+            raw = self.policy.scaling.mean + self.policy.scaling.std * s_next
             d = ~self.goes_on(raw)[:, None]
             row = torch.cat([s, a, r, s_next, d.float(), penalty], dim=-1)
             self.imagined.index_copy_(0, (self.count + rows) % len(self.imagined), row)
@@ -739,36 +454,47 @@ class GANWorldModel:
 
     # SAC.
 
+    def update_policy_after_rollout(self) -> dict[str, torch.Tensor]:
+        self.roll_out()
+        return self.update_policy()
+
+    def update_policy(self) -> dict[str, torch.Tensor]:
+        """One step of critics, actor and temperature. Returns tensors, never synchronises."""
+        s, a, r, s_next, d, penalty = self.sample()
+        metrics = self.update_critic(s, a, r - penalty, s_next, d) | self.update_actor(s)
+        self.update_targets()
+        if len(self.imagined):
+            columns = {"reward": r, "penalty": penalty, "ended": d}
+            metrics |= {f"imagined/{k}": x[self.real :].mean() for k, x in columns.items()}
+        return metrics
+
     def sample(self):
-        device, size = self.data["rewards"].device, self.args.batch_size
-        real = round(self.args.real_fraction * size)
-        i = torch.randint(len(self.data["rewards"]), (real,), device=device)
+        """Real transitions, then imagined ones: s (B, S), a (B, A), r (B, 1), s' (B, S), d (B, 1)
+        and the penalty (B, 1)."""
+        device, imagined = self.count.device, self.args.batch_size - self.real
+        i = torch.randint(len(self.data[0]), (self.real,), device=device)
         filled = self.count.clamp(max=len(self.imagined))
-        j = (torch.rand(size - real, device=device) * filled).long()
-        keys = ("observations", "actions", "rewards", "next_observations", "terminals")
-        logged = [self.data[key][i] for key in keys]
+        j = (torch.rand(imagined, device=device) * filled).long()
+        logged = [column[i] for column in self.data]
         logged = torch.cat([*logged, torch.zeros_like(logged[2])], dim=-1)  # no penalty
         return torch.cat([logged, self.imagined[j]]).split(self.widths, dim=-1)
 
-    def critic_losses(self, s, a, r, s_next, d):
+    def critic_loss(self, s, a, r, s_next, d):
         # Target: the smaller of two target critics, plus the entropy of the action chosen there.
         with torch.no_grad():
             a_next, log_prob = self.policy(s_next)
-            entropy = -self.log_alpha.exp() * log_prob  # (B, 1)
+            q_next = self.critic_target(s_next, a_next).amin(0) - self.log_alpha.exp() * log_prob
             # d is 1 at a terminal only: a time limit ends the episode, not the future.
-            q_next = self.critic_target(s_next, a_next).amin(0) + entropy  # (B, 1)
-            y = r + self.args.gamma * (1 - d) * q_next
+            y = r + self.args.gamma * (1 - d) * q_next  # (B, 1)
 
         # Both critics regress on it.
         q = self.critic(s, a)  # (2, B, 1)
         return (q - y).square().mean((1, 2)).sum(), q
 
     def update_critic(self, s, a, r, s_next, d):
-        loss, q = self.critic_losses(s, a, r, s_next, d)
-        self.critic_optimizer.zero_grad()
-        loss.backward()
-        self.critic_optimizer.step()
-        return {"losses/critic": loss.detach(), "values/q": q.detach().mean()}
+        loss, q = self.critic_loss(s, a, r, s_next, d)
+        minimise(self.critic_optimizer, loss)
+        return {"losses/critic": loss, "values/q": q.mean()}
 
     def update_actor(self, s):
         # Climb the smaller critic, paid for entropy at the temperature α.
@@ -776,31 +502,25 @@ class GANWorldModel:
         pi, log_prob = self.policy(s)
         self.critic.requires_grad_(False)  # the gradient passes through Q, it stops at π
         loss = (alpha * log_prob - self.critic(s, pi).amin(0)).mean()
-        self.policy_optimizer.zero_grad()
-        loss.backward()
-        self.policy_optimizer.step()
         self.critic.requires_grad_(True)
+        minimise(self.policy_optimizer, loss)
 
         # Temperature: up where the policy's entropy is below the one asked for.
-        surplus = log_prob.detach().mean() + self.target_entropy
-        alpha_loss = -self.log_alpha * surplus
-        self.alpha_optimizer.zero_grad()
-        alpha_loss.backward()
-        self.alpha_optimizer.step()
-        return {
-            "losses/actor": loss.detach(),
-            "values/alpha": alpha,
-            "values/entropy": -log_prob.detach().mean(),
-        }
-
-    def actors(self) -> dict:
-        """Policies to evaluate, by suffix of their columns; the first one is the result."""
-        return {"": self.policy.act}
+        entropy = -log_prob.detach().mean()
+        minimise(self.alpha_optimizer, self.log_alpha * (entropy - self.target_entropy))
+        return {"losses/actor": loss, "values/alpha": alpha, "values/entropy": entropy}
 
     @torch.no_grad()
+    def update_targets(self):
+        targets, onlines = list(self.critic_target.parameters()), list(self.critic.parameters())
+        torch._foreach_lerp_(targets, onlines, self.args.tau)
+
     def validate(self, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """World model, discriminator, penalty and Q on held-out transitions."""
-        s, s_next = (self.policy.normalise(data[k]) for k in ("observations", "next_observations"))
+        data = {key: column[data["recorded"]] for key, column in data.items()}
+        s, s_next = map(
+            self.policy.scaling.state, (data["observations"], data["next_observations"])
+        )
         a, a_far = data["actions"], 2 * torch.rand_like(data["actions"]) - 1
         x = self.model.standardise(s, data["rewards"], s_next)
         mu, sigma = self.model(s, a)
@@ -808,360 +528,387 @@ class GANWorldModel:
         judged += ((s, a_far, self.draw(*self.model(s, a_far))[0]),)
         logits = (self.discriminator(torch.cat(parts, dim=-1)) for parts in judged)
         accuracy = self.accuracy(*logits)
-        u, u_far = (self.imagine(s, action)[2].mean() for action in (a, a_far))
-        return {
-            "validation/nll": self.nll(x, mu, sigma) / len(mu),
-            "validation/mse": F.mse_loss(mu.mean(0), x),
-            **{f"validation/{key.replace('/', '_')}": value for key, value in accuracy.items()},
-            "validation/u": u,
-            "validation/u_far": u_far,
-            "validation/q": self.critic(s, self.policy(s)[0]).mean(),
-        }
+        found = {key.replace("/", "_"): value for key, value in accuracy.items()}
+        found |= {"nll": self.nll(x, mu, sigma) / len(mu), "mse": F.mse_loss(mu.mean(0), x)}
+        found |= {"u": self.imagine(s, a)[2].mean(), "u_far": self.imagine(s, a_far)[2].mean()}
+        return found | {"q": self.critic(s, self.policy(s)[0]).mean()}
 
 
 Learner = GANWorldModel  # the name by which the training loop knows it
 
+# From here on every file is the same: how data comes in, how a policy is judged, how a run goes.
+
+# ------------------------------------------------------------------------------------- Dataset
+
+# D4RL's returns of a random and of an expert policy, which score 0 and 100.
+SCORES = {"HalfCheetah": (-280.178953, 12135.0), "Hopper": (-20.272305, 3234.3)}
+SCORES |= {"Walker2d": (1.629008, 4592.3), "Ant": (-325.6, 3879.7)}
+COLUMNS = "terminals timeouts rewards actions observations next_observations final_observations"
+ABOUT = "action_low action_high ref_min_score ref_max_score"
+
+
+def check(holds, sentence: str) -> None:
+    if not np.all(holds):
+        raise SystemExit(sentence)
+
+
+@contextlib.contextmanager
+def explained(what: str):
+    """Whatever goes wrong inside ends in one sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise SystemExit(
+            f"{what}: {str(error).strip().split(chr(10))[0] or repr(error)}"
+        ) from error
+
+
+def read_dataset(name: str) -> dict:
+    """An .hdf5 or .npz file (a path, or a name in datasets/) or a Minari data set (a folder, or an
+    id) as it is: arrays with a row per transition, and what it says of itself."""
+    ours = Path(__file__).resolve().parent.parent / "datasets"
+    file = next((p for p in (Path(name), ours / f"{name}.hdf5") if p.is_file()), None)
+    if file:
+        with np.load(file) if file.suffix == ".npz" else h5py.File(file) as found:
+            keys = [key for key in f"{COLUMNS} {ABOUT} truncations env_id".split() if key in found]
+            return {**getattr(found, "attrs", {}), **{key: found[key][()] for key in keys}}
+    folder = next((p for p in (name, f"{name}/data") if Path(p, "metadata.json").exists()), "")
+    is_id = re.fullmatch(r"([\w-]+/)+[\w-]+-v\d+", name) or name in minari.list_local_datasets()
+    there = f"at hand are {', '.join(sorted(path.stem for path in ours.glob('*.hdf5')))}"
+    make = f"`python datasets/make.py {name}` makes or fetches what is ours or D4RL's (--list)"
+    check(folder or is_id, f"No data set '{name}': {there}; {make}.")
+    data = minari.MinariDataset(folder) if folder else minari.load_dataset(name, download=True)
+    env, box = getattr(data, "_eval_env_spec", None) or data.env_spec, data.action_space
+    ok = all(isinstance(space, gym.spaces.Box) for space in (data.observation_space, box))
+    check(ok, f"Data set '{name}' has {data.observation_space} and {box}, not arrays of numbers.")
+    parts = [(e.terminations, e.truncations, e.rewards, e.actions, e.observations) for e in data]
+    arrays = dict(zip(COLUMNS.split(), zip(*parts)))
+    arrays["next_observations"] = [s[1:] for s in arrays["observations"]]
+    arrays["observations"] = [s[:-1] for s in arrays["observations"]]
+    about = {"action_low": box.low, "action_high": box.high} | data.storage.metadata
+    about["env_id"] = env.to_json() if env else "none"
+    return about | {key: np.concatenate(parts) for key, parts in arrays.items()}
+
+
+def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], dict]:
+    """The data, N transitions in float32, episode after episode: observations (N, S), actions
+    (N, A) scaled to [-1, 1], rewards (N, 1), next_observations (N, S), recorded (N,): whether those
+    are the successors, terminals (N, 1), returns_to_go (N, 1), each row's episode (N,). And the
+    task: environment, sizes, bounds, scores. To bring data of your own, fill these."""
+    of, x = f"Data set '{name}'", {}
+    with explained(f"{of} cannot be read"):
+        raw = read_dataset(name)
+    # Every array is believed, none is guessed.
+    lacks = {"observations", "actions", "rewards", "terminals"} - raw.keys()
+    check(not lacks, f"{of} lacks {', '.join(lacks)}; it has {', '.join(raw)}.")
+    n, discrete = np.size(raw["terminals"]), np.asarray(raw["actions"]).dtype.kind != "f"
+    check(n and not discrete, f"{of}: {'its actions are discrete' if n else 'it is empty'}.")
+    raw.setdefault("timeouts", raw.get("truncations", np.zeros(n)))
+    for key in [key for key in COLUMNS.split() if key in raw]:
+        with explained(f"{of}: '{key}'"):
+            v, rows = np.asarray(raw[key]), n
+            if "final" in key:  # our own files hold a successor once: in the next row, or here
+                rows = int((x["terminals"] + x["timeouts"] > 0).sum())
+            width = v.shape[1] if v.ndim > 1 and key.endswith("ons") else 1
+            v = v.reshape(rows, x["observations"].shape[1] if "_obs" in key else width)
+            x[key] = v.astype(np.float32)
+        ok = np.isfinite(x[key]).all(1)
+        check(ok, f"{of}: '{key}' is NaN or infinite, first in row {ok.argmin()}.")
+        ok = (np.abs(v - x[key]).max(0) <= 0.01 * x[key].std(0)) | (np.ptp(x[key], 0) == 0)
+        check(ok, f"{of}: float32 is too coarse for {key} {ok.argmin()}, take its mean off.")
+    s, a, terminal = x["observations"], x["actions"], x["terminals"][:, 0] > 0
+
+    # Environment, bounds and scores are the file's, unless --env-id is another environment's.
+    own = raw.get("env_id", "none")
+    own = own.decode() if isinstance(own, bytes) else str(own)
+    task = {"env": env_id or own, "env_id": "none", "sizes": [s.shape[1], a.shape[1]]}
+    says = raw if own == "none" or env_id in ("", "none", own) else {}
+    low, high = says.get("action_low", -1.0), says.get("action_high", 1.0)
+    if task["env"] != "none":
+        env = make_env(task)
+        task["env_id"], box = env.spec.id, env.action_space
+        low, high = says.get("action_low", box.low), says.get("action_high", box.high)
+        with explained(f"Environment '{env.spec.id}' fails at its first step"):
+            env.reset(seed=0), env.step(box.sample())
+    scores = [says.get("ref_min_score"), says.get("ref_max_score")]
+    task["scores"] = None if None in scores else [float(np.ravel(x)[0]) for x in scores]
+    with explained(f"{of}: bounds {low} and {high} of its actions"):
+        bounds = np.float64([np.broadcast_to(x, a.shape[1:]) for x in (low, high)])  # (2, A)
+    low, high = np.float32(bounds)  # rounded inwards: none leaves its bound
+    low += (low < bounds[0]) * np.spacing(np.abs(low))
+    high -= (high > bounds[1]) * np.spacing(np.abs(high))
+    span = high - low
+    check(np.isfinite(span) & (span > 0), f"{of}: its actions have the bounds {low} and {high}.")
+    ok = ((a >= low - 1e-4 * span) & (a <= high + 1e-4 * span)).all(1)
+    check(ok, f"{of}: an action leaves {low} to {high}, first in row {ok.argmin()}.")
+
+    # A terminal ends the task, a timeout only the recording: the first alone stops the bootstrap.
+    ends, recorded = terminal | (x["timeouts"][:, 0] > 0), np.ones(n, bool)
+    check(ends.any(), f"{of}: no episode ends. Mark terminals, and timeouts (or truncations).")
+    if "next_observations" not in x:  # it is the next row, but for the last one of an episode
+        x["next_observations"] = np.append(s[1:], s[-1:], axis=0)
+        recorded = ~ends | ("final_observations" in x)
+        x["next_observations"][ends & recorded] = x.get("final_observations", 0)
+        recorded[-1] &= ends[-1]
+    ends[-1] = True
+    keep = recorded | terminal  # nothing follows a terminal: its row needs no successor
+    check(keep.any(), f"{of}: none of its rows has a successor, write next_observations.")
+    episodes = np.cumsum(ends) - ends
+    to_go = np.cumsum(x["rewards"][::-1], dtype=np.float64)[::-1]
+    to_go -= np.append(to_go[1:], 0)[np.flatnonzero(ends)[episodes]]  # what later episodes hold
+    x |= {"actions": (2 * (a - low) / span - 1).clip(-1, 1), "recorded": recorded}
+    x |= {"terminals": np.float32(terminal[:, None]), "returns_to_go": np.float32(to_go[:, None])}
+    keys = "observations actions rewards next_observations recorded terminals returns_to_go"
+    data = {key: x[key][keep] for key in keys.split()} | {"episodes": episodes[keep]}
+    task |= {"digest": hashlib.md5(b"".join(v.tobytes() for v in data.values())).hexdigest()}
+    _, first, data["episodes"] = np.unique(data["episodes"], return_index=True, return_inverse=True)
+    returns = data["returns_to_go"][first]
+    print(f"{name}: {keep.sum():,} transitions, {len(first):,} episodes, actions {low} to {high};")
+    print(f"returns: {returns.mean():.4g} on average, {returns.max():.4g} at best")
+    return data, task | {"bounds": [low.tolist(), high.tolist()]}
+
+
 # ---------------------------------------------------------------------------------- Evaluation
 
 
-def evaluate(learner, spec: dict, episodes: int, seed: int) -> dict[str, float]:
-    """Return, length and score over `episodes` episodes, all stepped together. The first of the
-    learner's policies is the result; the others' return and score get a suffix."""
-    low, high = spec["references"]
+def make_env(task: dict, **options) -> gym.Env:
+    """The task's environment: an id, also module:Id, or a specification in JSON as Minari has."""
+    sys.path += [""] * ("" not in sys.path)  # modules of the current folder, too
+    of = f"Environment {task['env'][:50]} (--env-id)"
+    with explained(of):
+        is_json = task["env"].startswith("{")
+        env = gym.make(EnvSpec.from_json(task["env"]) if is_json else task["env"], **options)
+    spaces, shapes = (env.observation_space, env.action_space), [(x,) for x in task["sizes"]]
+    ok = all(isinstance(x, gym.spaces.Box) and x.shape == y for x, y in zip(spaces, shapes))
+    check(ok, f"{of} has {spaces[0]} and {spaces[1]}, the data has boxes of shapes {shapes}.")
+    check(env.spec.max_episode_steps, f"{of} has no time limit: register it with one.")
+    return env
+
+
+def evaluate(policy, task: dict, episodes: int, seed: int, video="") -> dict[str, float]:
+    """Return, length and score of a policy over some episodes, all stepped together; the columns
+    of all but the first of its actors have a suffix."""
     row = {}
-    for suffix, act in learner.actors().items():
-        envs = gym.make_vec(spec["env_id"], num_envs=episodes, vectorization_mode="sync")
-        observations, _ = envs.reset(seed=seed)
-        returns, lengths, running = np.zeros((3, episodes))
-        running += 1  # until the episode's end, by a terminal or a time limit; then it is 0
-        while running.any():
-            actions = act(torch.as_tensor(observations, dtype=torch.float32, device=spec["device"]))
-            observations, rewards, terminated, truncated, _ = envs.step(actions.cpu().numpy())
-            returns += running * rewards
-            lengths += running
-            running *= ~(terminated | truncated)
-        envs.close()
-        row[f"return_mean{suffix}"] = float(returns.mean())
-        if not suffix:
-            row |= {"return_std": float(returns.std()), "length_mean": float(lengths.mean())}
-        row[f"score{suffix}"] = float(100 * (returns.mean() - low) / (high - low))
+    for suffix, act in policy.actors().items():
+        mode = {"render_mode": "rgb_array"} if video and not suffix else {}
+        envs = [make_env(task, **mode), *(make_env(task) for _ in range(episodes - 1))]
+        returns, lengths, running = np.zeros(episodes), np.zeros(episodes), list(range(episodes))
+        with explained(f"Environment '{task['env_id']}' failed (what was trained is saved)"):
+            if mode:  # MuJoCo without a screen needs MUJOCO_GL=egl or osmesa
+                envs[0] = gym.wrappers.RecordVideo(envs[0], str(video), disable_logger=True)
+            s = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
+            while running:
+                for i, a in zip(running[:], act(s[running])):
+                    s[i], reward, terminated, truncated, _ = envs[i].step(a)
+                    returns[i], lengths[i] = returns[i] + reward, lengths[i] + 1
+                    if terminated or truncated:
+                        running.remove(i)
+            for env in envs:
+                env.close()
+        known = SCORES.get(envs[0].spec.name, (math.nan, math.nan))
+        zero, hundred = task["scores"] or known
+        score = 100 * (returns.mean() - zero) / (hundred - zero)
+        found = (returns.mean(), returns.std(), lengths.mean(), score)
+        keys = ("return_mean", "return_std", "length_mean", "score")
+        row |= {key + suffix: float(value) for key, value in zip(keys, found)}
     return row
 
 
-def evaluate_checkpoint(args: Args, device: torch.device) -> dict[str, float]:
-    """--evaluate: a policy from its checkpoint alone, without its data set."""
-    if not Path(args.evaluate).is_file():
-        raise SystemExit(f"--evaluate {args.evaluate}: no such checkpoint.")
-    saved = torch.load(args.evaluate, map_location=device, weights_only=True)
-    spec = saved["spec"] | {"device": device}
-    spec["env_id"] = args.env_id or spec["env_id"]
-    if spec["env_id"] == "none":
-        raise SystemExit(f"--evaluate {args.evaluate}: it has no environment, name one: --env-id.")
-    blank = {key: torch.zeros(shape, device=device) for key, shape in spec["shapes"].items()}
-    learner = Learner(blank, Args(**saved["args"]))
-    restore(learner, saved["learner"])
-    torch.manual_seed(0)  # as in training, for a policy that samples
-    row = {"step": saved["step"]} | evaluate(learner, spec, args.eval_episodes, args.seed)
-    print(f"{args.evaluate} on {args.eval_episodes} episodes of {spec['env_id']}: {describe(row)}")
-    if args.capture_video:
-        record_video(learner.policy.act, spec, Path(args.evaluate).parent)
-    return row
-
-
-def record_video(act, spec: dict, folder: Path) -> None:
-    """One episode as MP4. Where no display driver or no encoder is, it says so and goes on."""
-    try:
-        env = make_env(spec["env_id"], render_mode="rgb_array")
-        env = gym.wrappers.RecordVideo(env, str(folder / "video"), disable_logger=True)
-        observation, _ = env.reset(seed=0)
-        done = False
-        while not done:
-            s = torch.as_tensor(observation[None], dtype=torch.float32, device=spec["device"])
-            observation, _, terminated, truncated, _ = env.step(act(s)[0].cpu().numpy())
-            done = terminated or truncated
-        env.close()
-    except Exception as error:
-        print(f"No video: {error} (MuJoCo without a screen needs MUJOCO_GL=egl or osmesa)")
+def load_policy(checkpoint: str | Path, device: str = "cpu", **flags) -> Policy:
+    """A trained policy, ready for `policy.act(observations)`. Flags of acting may be given anew."""
+    path = Path(checkpoint, "checkpoint.pt") if Path(checkpoint).is_dir() else Path(checkpoint)
+    with explained(f"{path} is no checkpoint of {Learner.__name__}"):
+        saved = torch.load(path, map_location=device, weights_only=True)
+        check(saved["algorithm"] == Learner.__name__, f"{path} is of {saved['algorithm']}.")
+        policy = Policy(saved["task"], Args(**saved["args"] | flags)).to(device).eval()
+        of_policy = {k: v for k, v in saved["learner"].items() if k.startswith("policy.")}
+        policy.load_state_dict({k[7:]: v for k, v in of_policy.items()})
+    policy.saved = saved
+    return policy
 
 
 # ------------------------------------------------------------------------------- Training loop
 
 
 def train(args: Args) -> list[dict[str, float]]:
-    """Trains, or with --evaluate only evaluates. Returns the evaluations, oldest first; the last
-    one's where --seeds names several."""
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if args.device == "auto" else args.device)
+    """Trains one run, or with --evaluate looks at one. Returns its evaluations, oldest first."""
+    least = dict(seed=0, steps=1, batch_size=1, threads=1, eval_every=0, eval_episodes=1)
+    for flag, low in least.items():
+        check(getattr(args, flag) >= low, f"--{flag.replace('_', '-')} must be {low} or more.")
+    check(0 <= args.validation_fraction < 1, "--validation-fraction is a share, 0 to below 1.")
+    with explained(f"--device {args.device}"):
+        device = torch.empty(0, device=args.device).device
+    cuda = [device] if device.type == "cuda" else []
+    for gpu in cuda:
+        torch.cuda.set_device(gpu)
+        torch.cuda.set_stream(torch.cuda.Stream())  # a graph is captured off the default stream
     torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.set_num_threads(args.threads)
     if args.evaluate:
-        return [evaluate_checkpoint(args, device)]
-
-    # Seeds take turns. A small network leaves most of a GPU idle: there they run side by side.
-    interrupted, ended, lanes = [], [], {}
-    for seed in args.seeds or [args.seed]:
-        own = f"{args.run_dir}/seed{seed}" if args.seeds and args.run_dir else args.run_dir
-        turns = run(replace(args, seed=seed, run_dir=own), device, interrupted)
-        lanes[turns] = Lane(device)
-        with lanes[turns]:
-            next(turns)  # reads the data and makes the networks
-
-    # Ctrl-C is heard between two updates, never inside one; a second one stops at once.
-    handler = signal.getsignal(signal.SIGINT)
-    listens = threading.current_thread() is threading.main_thread()
-
-    def interrupt(*_):
-        interrupted.append(True)
-        signal.signal(signal.SIGINT, handler)
-
-    if listens:
-        signal.signal(signal.SIGINT, interrupt)
-    try:
-        while lanes:
-            for turns, lane in list(lanes.items()):
-                try:
-                    with lane:
-                        next(turns)
-                except StopIteration as end:
-                    history = end.value
-                    del lanes[turns]
-                except SystemExit as message:  # the others go on
-                    ended.append(str(message))
-                    del lanes[turns]
-    finally:
-        if listens:
-            signal.signal(signal.SIGINT, handler)
-    if ended:
-        sys.exit("\n".join(ended))
-    return history
-
-
-class Lane:
-    """What runs in one process must not share: random numbers and, on CUDA, the stream."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.state = device, torch.get_rng_state()
-        if device.type == "cuda":
-            torch.cuda.init()
-            index = torch.cuda.current_device() if device.index is None else device.index
-            self.default = torch.cuda.default_generators[index]
-            self.own, self.stream = self.default.clone_state(), torch.cuda.Stream(device)
-
-    def __enter__(self):
-        torch.set_rng_state(self.state)
-        if self.device.type == "cuda":  # a graph keeps the generator that it was captured with
-            self.default.graphsafe_set_state(self.own)
-            self.context = torch.cuda.stream(self.stream)
-            self.context.__enter__()
-
-    def __exit__(self, *error):
-        self.state = torch.get_rng_state()
-        if self.device.type == "cuda":
-            self.context.__exit__(*error)
-
-
-def run(args: Args, device: torch.device, interrupted: list) -> Generator[None, None, list]:
-    """Trains one seed and returns its evaluations. Yields when it is ready to begin, and then now
-    and then between two updates, for other seeds to take their turn."""
-    # The run directory: never overwritten, continued only on demand.
-    name = Path(__file__).stem
-    is_file = Path(args.dataset).suffix in (".hdf5", ".npz")
-    task = Path(args.dataset).stem if is_file else args.dataset.strip("/").replace("/", "-")
-    run_dir = Path(args.run_dir or f"runs/{name}/{task}/seed{args.seed}")
-    checkpoint = run_dir / "checkpoint.pt"
-    begun = (run_dir / "config.json").exists()
-    if begun and not args.resume:
-        raise SystemExit(f"{run_dir} holds a run: --resume continues it, --run-dir goes elsewhere.")
-    if args.resume and not begun:
-        raise SystemExit(f"--resume: no checkpoint in {run_dir}; start without --resume.")
+        # Flags of acting are obeyed, where they are given; the others are the checkpoint's.
+        asked = {k: v for k in Policy.flags if (v := getattr(args, k)) != getattr(Args, k)}
+        policy = load_policy(args.evaluate, args.device, **asked)
+        task, other = policy.saved["task"], {"env": args.env_id, "scores": None}
+        task |= other if args.env_id not in ("", task["env"]) else {}
+        check(task["env"] != "none", f"--evaluate {args.evaluate}: its --env-id is none, give one.")
+        torch.manual_seed(0)
+        here = Path(args.evaluate)
+        here = here if here.is_dir() else here.parent
+        video = here / "video" if args.capture_video else ""
+        row = evaluate(policy, task, args.eval_episodes, args.seed, video)
+        print(f"{task['env']}{describe(row)}  {video}")
+        return [row]
+    name, path = Path(__file__).stem, Path(args.dataset)
+    data_name = path.stem if path.is_file() else args.dataset.strip("/").replace("/", "-")
+    folder = Path(args.run_dir or f"runs/{name}/{data_name}/seed{args.seed}")
+    checkpoint, config = folder / "checkpoint.pt", folder / "config.json"
+    begun = checkpoint.exists() or (config.exists() and not args.resume)
+    check(begun == args.resume, f"{folder} has {'a run; --resume' if begun else 'no checkpoint'}.")
 
     # The data: whole episodes to train on, some others for the validation losses.
-    dataset = load_dataset(args.dataset, args.env_id)
-    episodes = len(dataset.returns)
-    held_out = min(episodes - 1, math.ceil(args.validation_fraction * episodes))
-    chosen = np.random.default_rng(args.seed).permutation(episodes)[:held_out]
-    held_out_rows = np.isin(dataset.episodes, chosen)
-    data = dataset.tensors(~held_out_rows, device)
-    validation = dataset.tensors(np.flatnonzero(held_out_rows)[:10_000], device)
-    spec = {"name": dataset.name, "env_id": dataset.env_id, "references": dataset.references}
-    spec |= {"shapes": {key: list(value[:1].shape) for key, value in data.items()}}
-    print(
-        f"{name} on {dataset.name} ({dataset.source}), evaluated on {dataset.env_id}\n"
-        f"  {len(dataset.ends):,} transitions in {episodes:,} episodes of return"
-        f" {dataset.returns.mean():.1f} (mean), {dataset.returns.max():.1f} (best);"
-        f" {held_out:,} episodes are kept for validation\n"
-        f"  {args.steps:,} steps on {device}; everything is written to {run_dir}"
+    data, task = load_dataset(args.dataset, args.env_id)
+    count = data["episodes"].max() + 1
+    held_out = np.random.default_rng(args.seed).permutation(count)
+    held_out = held_out[: min(count - 1, math.ceil(args.validation_fraction * count))]
+    few = held_out[: 1 + 10_000 * count // len(data["episodes"])]  # enough for a mean
+    data, validation = (
+        {key: torch.as_tensor(array[rows], device=device) for key, array in data.items()}
+        for rows in (~np.isin(data["episodes"], held_out), np.isin(data["episodes"], few))
     )
 
     # The learner, new or where an earlier run stopped.
     torch.manual_seed(args.seed)
-    learner = Learner(data, args)
-    step, seconds, history = 0, 0.0, []
-    if args.resume and checkpoint.exists():  # a run that saved nothing yet begins anew
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        check_same(args, saved["args"])
-        step, seconds, history = saved["step"], saved["seconds"], saved["history"]
-        restore(learner, saved["learner"])
-        torch.set_rng_state(saved["rng"].cpu())
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(saved.get("cuda_rng", saved["rng"]).cpu(), device)
+    learner = Learner(data, task, args)
+    optimizers = [x for x in vars(learner).values() if isinstance(x, torch.optim.Optimizer)]
+    start, seconds, history = 0, 0.0, []
+    if args.resume:
+        saved = load_policy(checkpoint, args.device).saved
+        start, seconds, history = saved["step"], saved["seconds"], saved["history"]
+        free = "steps eval_every eval_episodes save_every threads device matmul_precision run_dir"
+        free = (*free.split(), "cuda_graph", "resume", "evaluate", "capture_video", *Policy.flags)
+        old, new = saved["args"] | saved["task"], asdict(args) | task
+        changed = [f"{key} {old[key]}" for key in old if old[key] != new[key] and key not in free]
+        check(not changed, f"--resume: {checkpoint} was made with {', '.join(changed)}.")
+        learner.load_state_dict(saved["learner"])
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        for restore, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), saved["rng"]):
+            restore(state.cpu())
 
-    write_config(run_dir, args, spec)
-    writer = SummaryWriter(run_dir, purge_step=step + 1)
-    fast = functools.cache(lambda update: accelerate(update, args, device))
-    began, first, metrics = time.time() - seconds, step, {}
-    bar = tqdm(total=args.steps, initial=step, unit="step", disable=not sys.stdout.isatty())
-    label = f"seed {args.seed}  " if args.seeds else ""
-
-    def due(period):  # whether the last update completed a multiple of `period`, or the run
-        return step % period < n or step >= args.steps
+    # The run directory: claimed at once, never taken twice.
+    about = {"args": asdict(args), "task": task, "machine": platform.platform()}
+    about |= {"gpu": torch.cuda.get_device_name() if cuda else "none", "python": sys.version}
+    packages = torch, np, gym, minari, sys.modules.get("mujoco", np)
+    with explained(f"--run-dir {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(config, "w" if args.resume else "x") as file:
+            json.dump(about | {x.__name__: x.__version__ for x in packages}, file, indent=2)
+    writer = SummaryWriter(folder, purge_step=start + 1)
+    print(f"{name}: steps {start:,} to {args.steps:,} on {device}, written to {folder}", flush=True)
 
     def save():
-        check_finite(metrics, step, checkpoint)
-        state = {"args": asdict(args), "spec": spec, "learner": snapshot(learner), "step": step}
-        state |= {"seconds": time.time() - began, "history": history, "rng": torch.get_rng_state()}
-        if device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state(device)
-        torch.save(state, run_dir / "checkpoint.tmp")
-        (run_dir / "checkpoint.tmp").replace(checkpoint)  # at once: a crash leaves the old one
+        state = {"algorithm": Learner.__name__, "args": asdict(args), "task": task, "step": step}
+        state |= {"seconds": time.time() - began, "history": history}
+        state |= {"learner": learner.state_dict()}
+        state |= {"optimizers": [optimizer.state_dict()["state"] for optimizer in optimizers]}
+        state |= {"rng": [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda)]}
+        torch.save(state, folder / "checkpoint.tmp")
+        (folder / "checkpoint.tmp").replace(checkpoint)  # at once: a crash leaves the old one
 
-    try:
-        yield
-        while step < args.steps and not interrupted:
-            update, n = learner.phase(step)
-            metrics = fast(update)()
-            step += n
-            bar.update(n)
-            if due(500):
-                check_finite(metrics, step, checkpoint)
-                for key, value in metrics.items():
-                    add = writer.add_scalar if value.numel() == 1 else writer.add_histogram
-                    add(key, value.cpu(), step)
-                speed = (step - first) / (time.time() - began - seconds)
-                writer.add_scalar("charts/steps_per_second", speed, step)
-            if due(args.eval_every):
-                row = {"step": step, "seconds": round(time.time() - began, 1)}
-                with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                    torch.manual_seed(0)  # training's random numbers are not touched
-                    if dataset.env_id != "none":
-                        seed = 1_000_003 * args.seed + step
-                        place = spec | {"device": device}
-                        row |= evaluate(learner, place, args.eval_episodes, seed)
-                    if held_out:
-                        row |= {k: float(v) for k, v in learner.validate(validation).items()}
-                history.append(row)
-                write_history(run_dir, history)
-                for key in list(row)[2:]:
-                    writer.add_scalar(key if "/" in key else f"eval/{key}", row[key], step)
-                best = max(row.get("return_mean", math.nan) for row in history)
-                so_far = "" if math.isnan(best) else f"  (best return so far {best:.4g})"
-                bar.write(label + describe(row) + so_far)
-            if due(args.save_every):
-                save()
-            if due(10):
-                yield
-        if step < args.steps:
+    interrupted, metrics = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM):  # heard between two updates; the second at once
+        signal.signal(number, lambda *_: interrupted.append(1) if not interrupted else sys.exit(1))
+    fast = functools.cache(graphed if cuda and args.cuda_graph else lambda update: update)
+    began, said = time.time() - seconds, time.time()
+    bar = tqdm(total=args.steps, initial=start, unit="step", disable=None)
+    for step in range(start, args.steps + 1):
+        if step > start:
+            metrics |= {k: v.detach() for k, v in fast(learner.phase(step))().items()}
+            bar.update()
+        last, stop = step == args.steps, bool(interrupted)
+        evaluates = args.eval_every and (step % args.eval_every == 0 or last)
+        evaluates = evaluates and step > (history[-1]["step"] if history else 0)
+        saves = args.save_every and step % args.save_every == 0
+        saves = saves or evaluates or last or stop or step == 0
+        speed = (step - start) / (time.time() - began - seconds + 1e-9)
+        left = tqdm.format_interval((args.steps - step) / (speed + 1e-9))
+        if bar.disable and time.time() - said > 30:
+            said = time.time()
+            print(f"step {step:>9,}  {speed:.4g} steps/s  left {left}", flush=True)
+        if not saves and step % 500:
+            continue
+        for key, value in metrics.items():
+            ok = value.isfinite().all().item()
+            check(ok, f"Step {step}: {key} is not finite; {checkpoint} is from before.")
+            (writer.add_scalar if value.numel() == 1 else writer.add_histogram)(key, value, step)
+        writer.add_scalar("charts/steps_per_second", speed, step)
+        if saves:
             save()
-            sys.exit(f"\nSaved at step {step:,}; the same command with --resume goes on.")
-    finally:
-        bar.close()
-        writer.close()
-    if args.capture_video and dataset.env_id != "none":
-        record_video(learner.policy.act, spec | {"device": device}, run_dir)
-    print(f"Done after {(time.time() - began) / 60:.1f} minutes; results are in {run_dir}")
+        if evaluates:
+            row = {"step": step, "seconds": round(time.time() - began, 1)}
+            learner.eval()
+            with torch.random.fork_rng(cuda), torch.no_grad():
+                torch.manual_seed(0)  # for policies that sample; training's numbers are kept
+                if task["env"] != "none":
+                    video = folder / "video" if args.capture_video and last else ""
+                    seed = 1_000_003 * args.seed + step
+                    row |= evaluate(learner.policy, task, args.eval_episodes, seed, video)
+                losses = learner.validate(validation) if len(held_out) else {}
+            learner.train()
+            history.append(row | {f"validation/{k}": float(x) for k, x in losses.items()})
+            columns = dict.fromkeys(key for row in history for key in row)
+            lines = [columns, *([str(row.get(key, "")) for key in columns] for row in history)]
+            (folder / "eval.csv").write_text("".join(",".join(line) + "\n" for line in lines))
+            for key, value in list(history[-1].items())[2:]:
+                writer.add_scalar(key if "/" in key else f"eval/{key}", value, step)
+            best = max(row.get("return_mean", math.nan) for row in history)
+            bar.write(f"step {step:>9,}{describe(history[-1])}  best {best:.4g}  left {left}")
+            if last:
+                save()
+        if stop and not last:
+            break
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    writer.close()
+    bar.close()
+    check(last, f"Saved at step {step:,}; the same command with --resume goes on.")
     return history
 
 
-def accelerate(update, args: Args, device: torch.device):
-    """The same update, faster: compiled on demand, and on CUDA captured in a graph, which replays
-    its hundreds of kernels at the cost of one launch."""
-    if args.compile:
-        torch._inductor.config.fallback_random = True  # the random numbers of the eager update
-        update = torch.compile(update)
-    if device.type != "cuda" or not args.cuda_graph:
-        return update
-    side, graph, calls, metrics = torch.cuda.Stream(), torch.cuda.CUDAGraph(), 0, {}
+def describe(row: dict) -> str:
+    """Returns and scores; of a run without an environment the validation losses."""
+    keys = [key for key in row if key.startswith(("return_mean", "score"))]
+    keys = keys or [key for key in row if key.startswith("validation")]
+    return "".join(f"  {key.replace('_mean', '')} {row[key]:.4g}" for key in keys)
+
+
+def adam(of: nn.Module | list, learning_rate: float, **options) -> torch.optim.Adam:
+    """Adam as one fused kernel, in a form that a CUDA graph can capture."""
+    of = list(of.parameters() if isinstance(of, nn.Module) else of)
+    return torch.optim.Adam(of, learning_rate, fused=True, capturable=of[0].is_cuda, **options)
+
+
+def minimise(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def graphed(update):
+    """The same update as one CUDA graph: hundreds of kernels at the cost of one launch."""
+    graph, metrics, calls = torch.cuda.CUDAGraph(), {}, []
 
     def replay():
-        nonlocal calls, metrics
-        calls += 1
-        if calls <= 3:  # capture asks for some calls before it, off the default stream
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                metrics = update()
-            torch.cuda.current_stream().wait_stream(side)
-            return metrics
-        if calls == 4:
+        calls.append(update)
+        if len(calls) <= 3:  # capture asks for some calls before it
+            return update()
+        if len(calls) == 4:
             with torch.cuda.graph(graph):  # records the update, does not run it
-                metrics = update()
+                metrics.update(update())
         graph.replay()
         return metrics
 
     return replay
-
-
-def snapshot(learner) -> dict:
-    """State of a learner: of its networks and its optimisers, and its own tensors."""
-    items = vars(learner).items()
-    state = {key: item.state_dict() for key, item in items if hasattr(item, "state_dict")}
-    return state | {key: item.detach() for key, item in items if isinstance(item, torch.Tensor)}
-
-
-def restore(learner, state: dict) -> None:
-    for key, value in state.items():
-        item = getattr(learner, key)
-        if isinstance(item, torch.Tensor):
-            item.data.copy_(value)
-            continue
-        item.load_state_dict(value)
-        for group in getattr(item, "param_groups", []):  # the checkpoint's device may be another
-            group["capturable"] = group["params"][0].is_cuda
-
-
-def check_finite(metrics: dict, step: int, checkpoint: Path) -> None:
-    bad = [term for term, value in metrics.items() if not torch.isfinite(value).all()]
-    if bad:
-        kept = f"nothing was saved in {checkpoint.parent}"
-        if checkpoint.exists():
-            kept = f"the last good checkpoint is kept, {checkpoint}"
-        raise SystemExit(f"Step {step:,}: {', '.join(bad)} not finite. Stopped; {kept}.")
-
-
-def check_same(args: Args, saved: dict) -> None:
-    """A run goes on as what it was: only these flags may differ."""
-    free = "steps eval_every eval_episodes eval_xi save_every device matmul_precision compile"
-    free += " cuda_graph run_dir resume evaluate capture_video seeds"
-    for key, value in saved.items():
-        if key not in free.split() and getattr(args, key) != value:
-            flag = "--" + key.replace("_", "-")
-            raise SystemExit(f"--resume: the run was started with {flag} {value}; pass the same.")
-
-
-def describe(row: dict[str, float]) -> str:
-    hidden = ("step", "seconds")  # and a score where there are no reference returns
-    numbers = [f"{k} {x:.4g}" for k, x in row.items() if k not in hidden and not math.isnan(x)]
-    return f"step {row['step']:>9,}  " + "  ".join(numbers)
-
-
-def write_config(run_dir: Path, args: Args, spec: dict) -> None:
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    config = {"args": asdict(args), "dataset": spec["name"], "env_id": spec["env_id"]}
-    config |= {"python": platform.python_version(), "machine": platform.platform()}
-    config |= {p: importlib.metadata.version(p) for p in ("torch", "numpy", "gymnasium")}
-    config |= {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
-    config |= {"cpus": os.cpu_count(), "threads": torch.get_num_threads()}
-    if shutil.which("git"):
-        config["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def write_history(run_dir: Path, history: list[dict]) -> None:
-    columns = ["step", "seconds", "return_mean", "return_std", "length_mean", "score"]
-    columns += [key for key in history[0] if key not in columns]
-    with open(run_dir / "eval.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, columns, extrasaction="ignore")
-        table.writeheader()
-        table.writerows(history)
 
 
 if __name__ == "__main__":

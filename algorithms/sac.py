@@ -1,11 +1,9 @@
 """SAC, "Soft Actor-Critic Algorithms and Applications"
-Tuomas Haarnoja, Aurick Zhou, Kristian Hartikainen, George Tucker, Sehoon Ha, Jie Tan, Vikash Kumar,
-Henry Zhu, Abhishek Gupta, Pieter Abbeel, Sergey Levine. 2018, arXiv:1812.05905.
+Tuomas Haarnoja, Aurick Zhou, Kristian Hartikainen et al. 2018, arXiv:1812.05905.
 
-Online reinforcement learning of a stochastic policy, paid for its entropy. It has two roles here.
-It makes this project's data sets: a run records its replay buffer and snapshots of its policy. With
---offline it shows why offline learning needs methods of its own: on a fixed buffer nothing corrects
-Q where the policy leaves the data, the actor climbs the errors, and Q runs away.
+Online reinforcement learning of a stochastic policy, paid for its entropy. It makes this project's
+data sets: a run records its replay buffer and snapshots of its policy. With --offline it shows why
+offline learning needs more: the actor climbs Q's errors beside the data, and Q runs away.
 
     y      = r + γ (1 - d) (min_i Q'_i(s', a') - α log π(a' | s')),        a' ~ π(. | s')
     L(Q_i) = (Q_i(s, a) - y)²                                                          (eq. 5)
@@ -19,11 +17,9 @@ Measured: Hopper-v5, 300,000 steps, seed 0: final score 71.9 (mean of the last f
 to 97), 58 minutes on one CPU thread beside another run, at --matmul-precision medium.
 
 Differs from the paper / official code:
-- The temperature's loss is in log α instead of α, as in the official code.
 - log σ is squashed into [-5, 2] instead of clipped to [-20, 2]: its gradient never dies.
-- The two critics are one batched network, which costs fewer and larger matrix products.
-- A resumed run starts a new episode (the simulator's state is not saved); the one that was cut
-  counts as timed out. Offline, resuming is exact.
+- The temperature's loss is in log α, as in the official code; the critics are one batched network.
+- Online a resumed run starts a new episode, and the one that was cut counts as timed out.
 - Offline 5 % of the episodes are held out for validation losses (--validation-fraction 0: none).
 """
 
@@ -71,11 +67,6 @@ class Args:
     hidden_dim: int = 256  # units in each of the two hidden layers
     learning_rate: float = 3e-4  # Adam's step size: actor, critics and temperature
 
-    def __post_init__(self):
-        if not (self.offline or self.evaluate):  # online a run is named after its environment
-            self.env_id = self.env_id or "Hopper-v5"
-            self.dataset = self.env_id
-
     # The run: the same flags in every file.
     dataset: str = "hopper-medium-replay"  # one of datasets/, a Minari id, or a path (.hdf5, .npz)
     env_id: str = ""  # where to evaluate, also module:Id; empty: the data's; none: nowhere
@@ -92,6 +83,10 @@ class Args:
     save_every: int = 50_000  # gradient steps between checkpoints; evaluations, the end, Ctrl-C too
     evaluate: str = ""  # a checkpoint or its folder: evaluate its policy, no training
     capture_video: bool = False  # record an episode of the last evaluation as MP4
+
+    def __post_init__(self):
+        if not (self.offline or self.evaluate):  # online a run is named after its environment
+            self.dataset = self.env_id = self.env_id or "Hopper-v5"
 
 
 # ------------------------------------------------------------------------------------ Networks
@@ -198,19 +193,17 @@ class SAC(nn.Module):
         self.policy_optimizer = adam(self.policy, args.learning_rate)
         self.critic_optimizer = adam(self.critic, args.learning_rate)
         self.alpha_optimizer = adam([self.log_alpha], args.learning_rate)
-        keys = ("observations", "actions", "rewards", "next_observations", "terminals")
-        self.data = tuple(data[key] for key in keys)  # states are not normalised
+        self.data = tuple(data[key] for key in Collector.KEYS[:5])  # states are not normalised
         self.collector = None if args.offline else Collector(self.data, task, args, self.policy)
         rows = len(data["rewards"]) if args.offline else 0
         self.register_buffer("size", torch.tensor(rows, device=device))  # rows that are filled
 
     def phase(self, step: int):
         """The update to do at this step, a CUDA graph; online after a step of the environment."""
-        if self.args.offline:
-            return self.update
-        self.collector.step(step - 1)
-        self.size.fill_(step)
-        return self.update if step > self.args.random_steps else self.wait
+        if self.collector:
+            self.collector.step(step - 1)
+            self.size.fill_(step)
+        return self.wait if self.collector and step <= self.args.random_steps else self.update
 
     def wait(self) -> dict[str, torch.Tensor]:
         self.size.clone()  # CUDA warns of a graph without any kernel
@@ -232,10 +225,9 @@ class SAC(nn.Module):
         # Target: the smaller of two target critics, plus the entropy of the action chosen there.
         with torch.no_grad():
             a_next, log_prob = self.policy(s_next)
-            entropy = -self.log_alpha.exp() * log_prob  # (B, 1)
+            q_next = self.critic_target(s_next, a_next).amin(0) - self.log_alpha.exp() * log_prob
             # d is 1 at a terminal only: a time limit ends the episode, not the future.
-            q_next = self.critic_target(s_next, a_next).amin(0) + entropy  # (B, 1)
-            y = r + self.args.gamma * (1 - d) * q_next
+            y = r + self.args.gamma * (1 - d) * q_next  # (B, 1)
 
         # Both critics regress on it.
         q = self.critic(s, a)  # (2, B, 1)
@@ -251,9 +243,8 @@ class SAC(nn.Module):
         alpha = self.log_alpha.detach().exp()
         pi, log_prob = self.policy(s)
         self.critic.requires_grad_(False)  # the gradient passes through Q, it stops at π
-        q = self.critic(s, pi).amin(0)  # (B, 1)
+        loss = (alpha * log_prob - self.critic(s, pi).amin(0)).mean()
         self.critic.requires_grad_(True)
-        loss = (alpha * log_prob - q).mean()
         minimise(self.policy_optimizer, loss)
 
         # Temperature: up where the policy's entropy is below the one asked for.
@@ -267,8 +258,7 @@ class SAC(nn.Module):
         torch._foreach_lerp_(targets, onlines, self.args.tau)
 
     def validate(self, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Loss on held-out transitions, and Q of the policy's actions there: far above any possible
-        return when it has diverged."""
+        """Loss on held-out transitions, and Q of the policy's own actions there."""
         s, a, r = data["observations"], data["actions"], data["rewards"]
         critic, _ = self.critic_loss(s, a, r, data["next_observations"], data["terminals"])
         return {"critic": critic, "q": self.critic(s, self.policy(s)[0]).mean()}
@@ -299,16 +289,16 @@ def empty_buffer(args: Args) -> tuple[dict[str, np.ndarray], dict]:
 class Collector(nn.Module):
     """Acts in the environment, with samples of the policy, and fills the learner's data."""
 
+    KEYS = "observations actions rewards next_observations terminals timeouts".split()
+
     def __init__(self, data, task, args, policy):
         super().__init__()
-        check(args.random_steps >= 0, "--random-steps must be 0 or more.")
         check(args.snapshot_every > 0, "--snapshot-every must be 1 or more.")
         self.args, self.env_id, self.env = args, task["env"], make_env(task)
         self.low, self.high = np.float32(task["bounds"])  # (A,) each
-        keys = "observations actions rewards next_observations terminals timeouts"
-        self.columns = dict(zip(keys.split(), (*data, torch.zeros_like(data[-1]))))
+        self.columns = dict(zip(self.KEYS, (*data, torch.zeros_like(data[-1]))))
         self.act, self.policy_state = policy.act, policy.state_dict
-        self.rows, self.observation = 0, None  # rows filled so far; where the environment is
+        self.rows, (self.observation, _) = 0, self.env.reset(seed=args.seed)
         name, task_name = Path(__file__).stem, args.dataset.strip("/").replace("/", "-")
         self.folder = Path(args.run_dir or f"runs/{name}/{task_name}/seed{args.seed}")
 
@@ -316,34 +306,28 @@ class Collector(nn.Module):
         """One step of the environment, into row i."""
         if i and i % self.args.snapshot_every == 0:
             self.write()
-        if self.observation is None:
-            self.observation, _ = self.env.reset(seed=self.args.seed + i)
         s, span = np.array(self.observation, np.float32), self.high - self.low
         if i < self.args.random_steps:
-            action = self.low + span * torch.rand(len(span)).numpy()
+            action = (self.low + span * torch.rand(len(span)).numpy()).clip(self.low, self.high)
         else:
             action = self.act(s, deterministic=False)
-        s_next, r, terminated, truncated, _ = self.env.step(action)
-        a = (2 * (action - self.low) / span - 1).clip(-1, 1)
-        row = (s, a, r, s_next, terminated, truncated and not terminated)
+        s_next, r, terminal, timeout, _ = self.env.step(action)
+        row = (s, 2 * (action - self.low) / span - 1, r, s_next, terminal, timeout and not terminal)
         for column, value in zip(self.columns.values(), row):
             column[i] = torch.as_tensor(value, dtype=torch.float32)
-        self.observation = self.env.reset()[0] if terminated or truncated else s_next
+        self.observation = self.env.reset()[0] if terminal or timeout else s_next
         self.rows = i + 1
 
     def write(self) -> None:
         """The policy as it is, and the rows in D4RL's layout: what datasets/make.py reads."""
         (self.folder / "policies").mkdir(parents=True, exist_ok=True)
-        state = {key: value.cpu() for key, value in self.policy_state().items()}
-        torch.save(state, self.folder / "policies" / f"{self.rows:08d}.pt")
-        with h5py.File(self.folder / "replay.tmp", "w") as file:
+        torch.save(self.policy_state(), self.folder / "policies" / f"{self.rows:08d}.pt")
+        with h5py.File(self.folder / "replay.hdf5", "w") as file:
             for key, column in self.columns.items():
-                rows = column[: self.rows].numpy(force=True)
-                if key == "actions":
-                    rows = self.low + 0.5 * (rows + 1) * (self.high - self.low)
-                file[key] = rows if rows.shape[1] > 1 or "obs" in key else rows[:, 0]
+                x = column[: self.rows].numpy(force=True)
+                x = self.low + 0.5 * (x + 1) * (self.high - self.low) if key == "actions" else x
+                file[key] = x if x.shape[1] > 1 or "obs" in key else x[:, 0]
             file.attrs["env_id"] = self.env_id
-        (self.folder / "replay.tmp").replace(self.folder / "replay.hdf5")
 
     def get_extra_state(self) -> dict[str, torch.Tensor]:
         """Its part of a checkpoint: the filled rows. With the last one the files are due, too."""
@@ -357,6 +341,7 @@ class Collector(nn.Module):
         for key, column in self.columns.items():
             column[: self.rows] = state[key]
         self.columns["timeouts"][self.rows - 1] = 1 - self.columns["terminals"][self.rows - 1]
+        self.observation, _ = self.env.reset(seed=self.args.seed + self.rows)
 
 
 # From here on every file is the same: how data comes in, how a policy is judged, how a run goes.

@@ -285,7 +285,9 @@ def explained(what: str):
     try:
         yield
     except Exception as error:
-        raise SystemExit(f"{what}: {error or repr(error)}") from error
+        raise SystemExit(
+            f"{what}: {str(error).strip().split(chr(10))[0] or repr(error)}"
+        ) from error
 
 
 def read_dataset(name: str) -> dict:
@@ -347,7 +349,7 @@ def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], di
     own = raw.get("env_id", "none")
     own = own.decode() if isinstance(own, bytes) else str(own)
     task = {"env": env_id or own, "env_id": "none", "sizes": [s.shape[1], a.shape[1]]}
-    says = raw if own in ("none", task["env"]) else {}
+    says = raw if own == "none" or env_id in ("", "none", own) else {}
     low, high = says.get("action_low", -1.0), says.get("action_high", 1.0)
     if task["env"] != "none":
         env = make_env(task)
@@ -457,7 +459,8 @@ def load_policy(checkpoint: str | Path, device: str = "cpu", **flags) -> Policy:
 
 def train(args: Args) -> list[dict[str, float]]:
     """Trains one run, or with --evaluate looks at one. Returns its evaluations, oldest first."""
-    for flag, low in dict(seed=0, steps=1, batch_size=1, eval_every=0, eval_episodes=1).items():
+    least = dict(seed=0, steps=1, batch_size=1, threads=1, eval_every=0, eval_episodes=1)
+    for flag, low in least.items():
         check(getattr(args, flag) >= low, f"--{flag.replace('_', '-')} must be {low} or more.")
     check(0 <= args.validation_fraction < 1, "--validation-fraction is a share, 0 to below 1.")
     with explained(f"--device {args.device}"):

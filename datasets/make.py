@@ -290,7 +290,7 @@ def references(env_id: str) -> tuple[float, float]:
     """Returns that score 0 and 100: D4RL's, or else a random and the expert policy's."""
     if known := d4rl_references(env_id):
         return known
-    policies = load_policies(next(task for task in TASKS if TASKS[task][0] == env_id))
+    policies = load_policies(next((x for x in TASKS if TASKS[x][0] == env_id), env_id))
     return policies["random_return"], policies["returns"][str(policies["steps"]["expert"])]
 
 
@@ -562,7 +562,7 @@ def download(file_name: str) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             transfer(url, part)
         except (OSError, ValueError, http.client.HTTPException) as error:
-            problem = error
+            problem = str(error).removeprefix("<urlopen error ").removesuffix(">")
             if part.exists() and part.stat().st_size > had:
                 continue  # it brought something
             break
@@ -593,7 +593,7 @@ def transfer(url: str, part: Path) -> None:
             length = answer.headers["Content-Length"]
             if answer.status != 206:  # the whole file comes
                 had = again = 0
-            with open(part, "r+b" if had else "wb") as file:
+            with open(part, "r+b" if had else "w+b") as file:
                 file.seek(had - again)
                 fits = file.read(again) == answer.read(again)
                 if fits:
@@ -643,10 +643,10 @@ def fetch(name: str) -> None:
     data.setdefault("timeouts", np.zeros(n))
     for key, rows in data.items():
         due = (n, sizes[key]) if key in sizes else (n,)
+        check(rows.dtype.kind in "fiub", f"'{key}' is of type {rows.dtype}")
         if "obs" in key and rows.ndim == 2 and not rows[:, due[1] :].any():
             rows = rows[:, : due[1]]  # Ant's contact forces: zero in D4RL's files, absent in -v4
         check(n and rows.shape == due, f"'{key}' has the shape {rows.shape}, not {due}")
-        check(rows.dtype.kind in "fiub", f"'{key}' is of type {rows.dtype}")
         check(np.isfinite(rows).all(), f"'{key}' is NaN or infinite")
         data[key] = rows.astype(bool if key in ("terminals", "timeouts") else np.float32)
     data, recovered = mend(data, env.spec.max_episode_steps)
@@ -661,8 +661,9 @@ def mend(data: Data, limit: int) -> tuple[Data, int]:
     s, marked = data["observations"], data["terminals"] | data["timeouts"]
     ends = marked.copy()
     ends[-1] = True
-    if "next_observations" in data:  # the next row is not the successor
-        ends[:-1] |= (data["next_observations"][:-1] != s[1:]).any(1)
+    if "next_observations" in data:  # the next row is not the successor, up to rounding
+        follows = np.isclose(data["next_observations"][:-1], s[1:], rtol=1e-5, atol=1e-6).all(1)
+        ends[:-1] |= ~follows
     else:  # the next row looks like those that episodes begin with, this one does not
         known = data["terminals"] if data["terminals"].sum() >= 20 else marked
         first = s[np.append(True, known[:-1])]

@@ -1,14 +1,16 @@
 """What decision_transformer.py claims: no token sees its future, padding is not seen, episodes do
 not mix, what acts is what was trained, and asking for more brings more."""
 
+import copy
 import types
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import load
-from test_models import A, S, data, gradients, learner
+import units
+from conftest import load, tiny
+from units import A, S, data, gradients, learner
 
 dt = load("decision_transformer")
 every_arch = pytest.mark.parametrize("arch", ["gpt", "gru", "mlp"])
@@ -20,13 +22,13 @@ def seeded():
     torch.manual_seed(0)
 
 
-def cloner(rows=None, **flags):
-    return learner(dt, rows, **dict(context=K, heads=2, layers=2) | flags)
+def cloner(rows=None, low=-1.0, high=1.0, **flags):
+    return learner(dt, rows, low, high, **dict(context=K, heads=2, layers=2) | flags)
 
 
-def wild(rows=None, **flags):
+def wild(rows=None, low=-1.0, high=1.0, **flags):
     """A learner whose policy is far from its start: every parameter is random."""
-    found = cloner(rows, **flags)
+    found = cloner(rows, low, high, **flags)
     for parameter in found.policy.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     return found
@@ -44,6 +46,11 @@ def numbered(lengths=(1, 3, 9, 2, 6, 20), first=4, **columns):
     rows = torch.arange(len(episodes))
     states = torch.stack([rows, episodes, torch.zeros_like(rows)], dim=1).float()
     return data(len(rows), observations=states, episodes=episodes, **columns)
+
+
+def numbers(agent, s):
+    """What the normalised states of such data say: row and episode."""
+    return (s * agent.policy.scaling.std + agent.policy.scaling.mean).round().long()
 
 
 # ------------------------------------------------------------------------------- What sees what
@@ -156,27 +163,61 @@ def test_steps_beyond_the_last_embedding_share_it():
 
 
 @pytest.mark.parametrize("shift", [0.0, -5.0])
-def test_returns_to_go_are_sums_to_the_end(shift):
+def test_what_the_network_sees_of_every_row(shift):
+    """Returns-to-go against a plain loop, steps and ends of episodes."""
     rows = numbered(rewards=torch.randn(41, 1) + shift)
-    found = dt.along_episodes(rows)
+    agent = cloner(rows)
+    t, R, s, a, ends = agent.columns(rows)
     episodes, rewards = rows["episodes"].tolist(), rows["rewards"][:, 0].tolist()
     for i, episode in enumerate(episodes):
         rest = [j for j in range(i, 41) if episodes[j] == episode]
         to_go = sum(rewards[j] for j in rest)
-        assert found["returns_to_go"][i].item() == pytest.approx(to_go, abs=1e-4)
-        assert found["timesteps"][i] == i - episodes.index(episode)
-        assert found["ends"][i] == rest[-1] + 1
-    last = found["ends"].unique() - 1
-    assert torch.equal(found["returns_to_go"][last], rows["rewards"][last])
+        assert R[i].item() * agent.policy.return_scale.item() == pytest.approx(to_go, abs=1e-4)
+        assert t[i] == i - episodes.index(episode)
+        assert ends[i] == rest[-1] + 1
+    last = ends.unique() - 1
+    torch.testing.assert_close(R[last] * agent.policy.return_scale, rows["rewards"][last])
+    assert torch.equal(a, rows["actions"]) and numbers(agent, s)[:, 0].tolist() == list(range(41))
 
 
-def test_returns_to_go_keep_their_precision():
+def loaded(tmp_path, **arrays):
+    """Arrays by way of a file, as a learner gets them."""
+    np.savez(tmp_path / "own.npz", **arrays)
+    found, task = dt.load_dataset(str(tmp_path / "own.npz"))
+    return {key: torch.as_tensor(array) for key, array in found.items()}, task
+
+
+def test_the_reward_of_a_row_without_a_successor_counts(tmp_path):
+    """A timeout's row is dropped where no successor is recorded; what it earned is still to come,
+    and no window reaches across the gap."""
+    n = 12
+    ends = np.arange(n) % 4 == 3
+    states, actions = np.arange(3.0 * n).reshape(n, 3), np.zeros((n, 2))
+    rows, task = loaded(
+        tmp_path,
+        **dict(observations=states, actions=actions, rewards=np.arange(n) + 1.0),
+        **dict(terminals=np.zeros(n), timeouts=ends),
+    )
+    assert len(rows["rewards"]) == 9
+    agent = dt.Learner(rows, task, dt.Args(**tiny("decision_transformer", context=4)))
+    t, R, _, _, real = agent.windows(agent.data, torch.arange(9))
+    R, t = (R[..., 0] * agent.policy.return_scale)[real], t[real]
+    first = [10.0, 9, 7, 9, 7, 7]  # of the windows from the first episode's rows
+    assert R[:6].tolist() == pytest.approx(first) and t[:6].tolist() == [0, 1, 2, 1, 2, 2]
+    assert real.sum(1).tolist() == [3, 2, 1] * 3
+    assert task["target_returns"] == [42.0, pytest.approx((42 + 26) / 2)]
+
+
+def test_returns_to_go_keep_their_precision(tmp_path):
     """A sum over all rows is in the hundreds of millions; an episode's is not."""
-    rows = data(300_000, rewards=torch.full((300_000, 1), 1000.3))
-    rows["episodes"] = torch.arange(300_000) // 100
-    found = dt.along_episodes(rows)["returns_to_go"]
-    wanted = 1000.3 * (100 - torch.arange(300_000) % 100)[:, None]
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+    n = 300_000
+    zeros, i = np.zeros((n, 1), np.float32), np.arange(n)
+    columns = dict(observations=zeros, next_observations=zeros, actions=zeros, terminals=zeros)
+    rewards, timeouts = np.full(n, 1000.3), i % 100 == 99
+    rows, task = loaded(tmp_path, **columns, rewards=rewards, timeouts=timeouts)
+    agent = dt.Learner(rows, task, dt.Args(**tiny("decision_transformer")))
+    wanted = 1000.3 * torch.as_tensor(100 - i % 100, dtype=torch.float32)[:, None]
+    torch.testing.assert_close(agent.data[1] * agent.policy.return_scale, wanted, rtol=1e-5, atol=0)
 
 
 def test_an_episode_is_drawn_as_often_as_it_is_long():
@@ -196,17 +237,15 @@ def test_no_window_crosses_an_episodes_end():
     rows = numbered(rewards=torch.randn(41, 1))
     agent = cloner(rows)
     t, R, s, a, real = agent.windows(agent.data, torch.arange(41))
-    number = (s * agent.policy.state_std + agent.policy.state_mean).round().long()
-    wanted = torch.arange(41)[:, None] + torch.arange(K)
-    ends = dt.along_episodes(rows)["ends"]
+    number, wanted = numbers(agent, s), torch.arange(41)[:, None] + torch.arange(K)
+    steps, _, _, _, ends = agent.columns(rows)
     assert torch.equal(real, wanted < ends[:, None])
     assert torch.equal(number[..., 0][real], wanted[real])  # the rows that follow, in order
     assert (number[..., 1] == rows["episodes"][:, None])[real].all()
     assert torch.equal(a[real], rows["actions"][wanted[real]])
-    step = dt.along_episodes(rows)
-    assert torch.equal(t[real], step["timesteps"][wanted[real]])
+    assert torch.equal(t[real], steps[wanted[real]])
     torch.testing.assert_close(
-        R[real] * agent.policy.return_scale, step["returns_to_go"][wanted[real]]
+        R[real] * agent.policy.return_scale, rows["returns_to_go"][wanted[real]]
     )
 
 
@@ -215,11 +254,15 @@ def test_validation_counts_every_row_once():
     agent, seen = wild(rows), []
     loss = agent.loss
     agent.loss = lambda *x: seen.append(x) or loss(*x)
-    agent.validate(rows)
-    (_, R, s, _, real), (_, wrong, *_) = seen
-    number = (s * agent.policy.state_std + agent.policy.state_mean).round()[..., 0][real]
-    assert number.sort().values.tolist() == list(range(41))
-    assert not torch.equal(R, wrong) and R.sum() == pytest.approx(wrong.sum().item(), abs=1e-3)
+    found = agent.validate(rows)
+    assert found.keys() == {"mse", "mse_wrong_returns"}
+    for t, R, s, a, real in seen:
+        assert numbers(agent, s)[..., 0][real].sort().values.tolist() == list(range(41))
+        right = torch.equal(R, agent.windows(agent.data, numbers(agent, s)[:, 0, 0])[1])
+        assert loss(t, R, s, a, real) == found["mse" if right else "mse_wrong_returns"]
+    one, other = (x[1] for x in seen)
+    assert not torch.equal(one, other)
+    assert one.sum().item() == pytest.approx(other.sum().item(), abs=1e-3)
 
 
 # ---------------------------------------------------------------------------------------- Acting
@@ -229,9 +272,9 @@ def test_validation_counts_every_row_once():
 @pytest.mark.parametrize("forget", [1, 2, 0, K])
 def test_acting_is_the_policy_on_the_last_steps(arch, forget):
     """Step by step with a memory, against the whole history cut to the steps not yet forgotten."""
-    low, high = torch.tensor([[-2.0, -1.0]]), torch.tensor([[2.0, 3.0]])
-    policy = wild(data() | {"action_low": low, "action_high": high}, arch=arch, forget=forget)
-    policy = policy.policy
+    low, high = [-2.0, -1.0], [2.0, 3.0]
+    policy = wild(low=low, high=high, arch=arch, forget=forget).policy
+    low, high = torch.tensor(low), torch.tensor(high)
     states, rewards = torch.randn(3 * K, 4, S), torch.randn(3 * K, 4)
     actions, R = torch.zeros(4, 3 * K, A), torch.full((4, 3 * K), 7.0)
     memory, r, first = None, None, 0
@@ -242,13 +285,54 @@ def test_acting_is_the_policy_on_the_last_steps(arch, forget):
         first += (forget or K // 2) * (i + 1 - first > K)
         window = slice(first, i + 1)
         t = torch.arange(3 * K)[window].expand(4, -1)
-        s = policy.normalise(states[window].transpose(0, 1))
+        s = policy.scaling.state(states[window].transpose(0, 1)).view(4, -1, S)
         wanted = policy(t, R[:, window, None] / policy.return_scale, s, actions[:, window])[:, -1]
         actions[:, i] = wanted.detach()
         torch.testing.assert_close(
             chosen, low + (wanted + 1) / 2 * (high - low), rtol=1e-4, atol=1e-5
         )
     assert memory[0].shape == (4, 3 * K - first, 2 + S + A)
+
+
+@every_arch
+def test_acting_takes_what_a_user_has(arch):
+    """NumPy or tensors of any float type, one observation or many, rewards and targets too; actions
+    are of the same kind and inside the bounds; what is handed in is not changed."""
+    low, high = [-2.0, -1.0], [2.0, 3.0]
+    policy = wild(low=low, high=high, arch=arch).policy
+    states = np.random.default_rng(0).normal(size=(2 * K, 5, S)).astype(np.float32)
+    rewards, target = np.linspace(-1, 1, 5), np.arange(5.0)
+    memory, r, every = None, None, []
+    for s in states:
+        a, memory = policy.act(s, r, memory, target)
+        assert isinstance(a, np.ndarray) and a.shape == (5, A) and a.dtype == np.float32
+        assert (a >= np.float32(low)).all() and (a <= np.float32(high)).all()
+        every.append((a, r, memory))
+        r = rewards
+    for kind in (np.float64, torch.float32, torch.float64):
+        memory, r = None, None
+        for s, (wanted, _, _) in zip(states, every):
+            s = s.astype(kind) if kind is np.float64 else torch.as_tensor(s, dtype=kind)
+            asked = torch.as_tensor(target)[:, None] if kind is torch.float64 else list(target)
+            a, memory = policy.act(s, r, memory, asked)
+            assert isinstance(a, np.ndarray if kind is np.float64 else torch.Tensor)
+            np.testing.assert_array_equal(a, wanted)
+            r = rewards if kind is np.float64 else torch.as_tensor(rewards, dtype=kind)
+    memory, r = None, None
+    for s, (wanted, _, _) in zip(states, every):
+        a, memory = policy.act(s[2], r, memory, 2.0)
+        assert a.shape == (A,)
+        np.testing.assert_allclose(a, wanted[2], rtol=1e-4, atol=1e-4)
+        r = 0.0
+    a, r, memory = every[-2][0], rewards, every[-2][2]
+    kept = [x.clone() for x in memory]
+    for _ in range(2):
+        np.testing.assert_array_equal(policy.act(states[-1], r, memory)[0], every[-1][0])
+    assert units.equal(memory, kept)
+    for parameter in policy.head.parameters():
+        parameter.data *= 1000  # far out, where rounding could leave the bounds
+    a = np.concatenate([policy.act(s)[0] for s in states])
+    assert {*a[:, 0]} <= {-2, 2} and {*a[:, 1]} <= {-1, 3}
 
 
 def test_a_policy_asks_for_its_first_target():
@@ -284,7 +368,7 @@ def test_an_episode_that_ended_can_be_left_out(arch):
 
 
 class Counted(gym.Env):
-    """Episode e lasts 3 + 2 e steps; a state says its step, a reward adds a hundredth of a^2."""
+    """Episode e lasts 3 + 2 e steps; a state says its step, a reward is the action."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
     action_space = gym.spaces.Box(-1e6, 1e6, (1,), np.float32)
@@ -302,22 +386,20 @@ class Counted(gym.Env):
 
 def test_each_episode_keeps_its_own_memory(monkeypatch):
     """A policy that acts by the number of its episode, by all rewards so far and by its target."""
-    monkeypatch.setitem(
-        gym.registry, "Counted-v0", gym.envs.registration.EnvSpec("Counted-v0", Counted)
-    )
+    spec = gym.envs.registration.EnvSpec("Counted-v0", Counted, max_episode_steps=9)
+    monkeypatch.setitem(gym.registry, "Counted-v0", spec)
     seen = []
 
     def act(s, r, memory, target):
-        number, total, target = memory or (torch.arange(8) % 4, torch.zeros(8), target[:, 0])
-        seen.append(len(s))
-        total = total + r  # of the rewards
-        return (number + target + 0.5 * total)[:, None], [number, total, target]
+        first = (torch.arange(8) % 4, torch.zeros(8), torch.as_tensor(target).flatten())
+        number, total, target = memory or first
+        seen.append(s[:, 0].tolist())
+        total = total + (torch.as_tensor(r) if memory else 0)  # of the rewards
+        return (number + target + 0.5 * total)[:, None].numpy(), [number, total, target]
 
-    spec = {"env_id": "Counted-v0", "references": (0.0, 100.0), "device": torch.device("cpu")}
-    learner = types.SimpleNamespace(
-        targets=lambda: {"": 0.0, "_target_2": 2.0}, policy=types.SimpleNamespace(act=act)
-    )
-    row = dt.evaluate(learner, spec, episodes=4, seed=10)
+    task = dict(env="Counted-v0", env_id="Counted-v0", sizes=[1, 1], scores=(0.0, 100.0))
+    policy = types.SimpleNamespace(targets={"": 0.0, "_target_2": 2.0}, act=act)
+    row = dt.evaluate(policy, task, episodes=4, seed=10)
     for suffix, target in (("", 0), ("_target_2", 2)):
         returns = []
         for e, length in enumerate((3, 5, 7, 9)):
@@ -327,10 +409,35 @@ def test_each_episode_keeps_its_own_memory(monkeypatch):
             returns.append(total)
         assert row[f"return_mean{suffix}"] == pytest.approx(np.mean(returns), rel=1e-5)
         assert row[f"score{suffix}"] == row[f"return_mean{suffix}"]
-        if not suffix:
-            assert row["return_std"] == pytest.approx(np.std(returns), rel=1e-5)
-    assert row["length_mean"] == 6
-    assert seen == [8, 8, 8, 6, 6, 4, 4, 2, 2]  # nobody computes for those that ended
+        assert row[f"return_std{suffix}"] == pytest.approx(np.std(returns), rel=1e-5)
+        assert row[f"length_mean{suffix}"] == 6
+    assert len(row) == 8
+    # Nobody computes for those that ended.
+    assert seen == [[t] * n for t, n in enumerate([8, 8, 8, 6, 6, 4, 4, 2, 2])]
+
+
+def test_a_checkpoint_is_asked_for_other_returns(pendulum_file, tmp_path, capsys):
+    """--evaluate obeys --target-returns and --forget, and else asks for what the run did."""
+    flags = tiny("decision_transformer", dataset=str(pendulum_file), run_dir=str(tmp_path / "run"))
+    flags |= dict(steps=2, eval_every=2, eval_episodes=1)
+    (row,) = dt.train(dt.Args(**flags))
+    policy = dt.load_policy(tmp_path / "run")
+    assert [*policy.targets] == [x[11:] for x in row if x.startswith("return_mean")]
+    assert policy.targets[""] == max(policy.saved["task"]["target_returns"]) and policy.forget == 2
+    assert not policy.training
+
+    def looked_at(**more):
+        return dt.train(dt.Args(evaluate=str(tmp_path / "run"), eval_episodes=1, **more))[0]
+
+    again = looked_at(device="cpu")
+    assert again.keys() == {key for key in row if "/" not in key} - {"step", "seconds"}
+    assert {"return_mean", "score", "return_std_target_-7"} <= looked_at(
+        target_returns=(-3.0, -7.0), device="cpu"
+    ).keys()
+    policy = dt.load_policy(tmp_path / "run", target_returns=(-3.0, -7.0), forget=1)
+    assert policy.targets == {"": -3.0, "_target_-7": -7.0} and policy.forget == 1
+    with pytest.raises(SystemExit, match="--forget"):
+        looked_at(forget=5, device="cpu")
 
 
 # -------------------------------------------------------------------------------------- Training
@@ -353,6 +460,12 @@ def test_dropout_is_on_in_training_alone():
     assert agent.loss(t, R, states, a, real) != agent.loss(t, R, states, a, real)
 
 
+def test_every_dropout_is_of_the_share_asked_for():
+    policy = cloner(dropout=0.37).policy
+    shares = [module.p for module in policy.modules() if isinstance(module, torch.nn.Dropout)]
+    assert shares == [0.37] * 3  # of the tokens, and of each block
+
+
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
 def test_dropout_is_dropout(p):
     torch.manual_seed(0)
@@ -360,8 +473,8 @@ def test_dropout_is_dropout(p):
     y = dropout(x)
     kept = y != 0
     n = x.numel()
-    deviation = (p * (1 - p) / n) ** 0.5
-    assert abs(kept.float().mean().item() - (1 - p)) <= 5 * deviation + 2**-16
+    std = (p * (1 - p) / n) ** 0.5
+    assert abs(kept.float().mean().item() - (1 - p)) <= 5 * std + 2**-16
     assert torch.allclose(y[kept], x[kept] / (1 - p))
     (gradient,) = torch.autograd.grad(y.sum(), x)
     assert torch.allclose(gradient, kept / (1 - p))  # what is dropped learns nothing
@@ -383,13 +496,32 @@ def test_the_step_size_warms_up_and_is_no_number():
     assert cloner(warmup_steps=0).update()["charts/learning_rate"].item() == pytest.approx(1e-4)
 
 
+def test_a_checkpoint_knows_how_far_the_warm_up_is():
+    """A new learner with the old one's state and its optimiser's goes on as the old one does."""
+    agents = [cloner(warmup_steps=20, learning_rate=1e-2) for _ in range(2)]
+    old, new = agents
+    for _ in range(4):
+        old.update()
+    new.load_state_dict(copy.deepcopy(old.state_dict()))
+    state = copy.deepcopy(old.optimizer.state_dict()["state"])
+    new.optimizer.load_state_dict(new.optimizer.state_dict() | {"state": state})
+    new.data = old.data
+    for step in range(5, 8):
+        rates = []
+        for agent in agents:
+            torch.manual_seed(step)
+            rates.append(agent.update()["charts/learning_rate"].item())
+        assert rates == pytest.approx([step * 1e-2 / 20] * 2)
+    assert units.equal(units.copies(old), units.copies(new))
+
+
 @pytest.mark.parametrize("largest", [1e-3, 0.25])
 def test_the_step_is_adamws_with_the_gradient_bounded(largest):
     """Against torch's plain AdamW on the same gradient."""
     flags = dict(learning_rate=1e-2, weight_decay=0.5, warmup_steps=2, dropout=0.0)
     agent = wild(max_grad_norm=largest, **flags)
     parameters = list(agent.policy.parameters())
-    before = [parameter.detach().clone() for parameter in parameters]
+    before = units.copies(agent.policy)
     drawn = []
     windows = agent.windows
     agent.windows = lambda *x: drawn.append(windows(*x)) or drawn[-1]
@@ -412,6 +544,18 @@ def test_the_step_is_adamws_with_the_gradient_bounded(largest):
     plain.step()
     for parameter, value in zip(other, before):
         torch.testing.assert_close(parameter.data, value, rtol=1e-4, atol=1e-6)
+
+
+def test_the_first_update_draws_with_dropout():
+    """The gradient of a step is that of the loss with dropout on, of every parameter."""
+    agent = wild(dropout=0.5, warmup_steps=0)
+    rows = agent.windows(agent.data, torch.randint(64, (16,)))
+    quiet = units.gradient_of(agent.loss(*rows), agent.policy)
+    agent.windows = lambda *_: rows
+    metrics = agent.update()
+    assert metrics.keys() == {"losses/mse", "gradients/norm", "charts/learning_rate"}
+    assert gradients(agent.policy).shape == quiet.shape
+    assert metrics["losses/mse"] != agent.loss(*rows)
 
 
 # ------------------------------------------------------------------------------- What it is for
@@ -447,9 +591,10 @@ def test_it_does_what_brings_the_return_asked_for(arch, sign):
             a, memory = agent.policy.act(s, r, memory, target=target)
             torch.testing.assert_close(a, torch.full((5, A), wanted), atol=0.15, rtol=0)
             r = torch.full((5,), pay)
-    validation = agent.validate(rows)
-    assert metrics["losses/mse"] < 0.02 and validation["validation/mse"] < 0.02
-    assert validation["validation/mse_wrong_returns"] > 0.5
+    with torch.no_grad():
+        validation = agent.validate(rows)
+    assert metrics["losses/mse"] < 0.02 and validation["mse"] < 0.02
+    assert validation["mse_wrong_returns"] > 0.5
 
 
 @every_arch
@@ -483,23 +628,54 @@ def test_only_a_policy_with_a_past_remembers(arch):
 # ------------------------------------------------------------------------------ Targets and flags
 
 
-def test_targets_are_the_users_the_papers_or_the_datas():
-    rows = numbered((2, 2, 4), rewards=torch.tensor([[1.0], [2], [-4], [-5], [0], [0], [0], [12]]))
-    targets = lambda **flags: cloner(rows, **flags).policy.targets.tolist()  # noqa: E731
-    assert targets(dataset="own.npz") == [12, 7]  # returns 3, -9 and 12, mean 2
-    assert targets(dataset="/home/hopper/own.npz") == [12, 7]
+def of_task(rows, env_id, **flags):
+    """A learner of data that are evaluated in another environment, and its task."""
+    task = units.task(rows) | {"env_id": env_id}
+    args = dt.Args(**tiny("decision_transformer", **flags))
+    return dt.Learner(rows, task, args), task
+
+
+THREE = dict(lengths=(2, 2, 4))  # of the returns 3, -9 and 12, of mean 2
+THREE |= dict(rewards=torch.tensor([[1.0], [2], [-4], [-5], [0], [0], [0], [12]]))
+
+
+def test_targets_are_the_users_the_papers_or_the_datas(capsys):
+    rows = numbered(**THREE)
+    targets = lambda env="none", **flags: [*of_task(rows, env, **flags)[0].policy.targets.values()]  # noqa: E731
+    own = [12, 7]
+    for name in ("own.npz", "/home/hopper/own.npz", "grasshopper", "hopper-sparse.hdf5"):
+        assert targets(dataset=name) == own
+    assert targets("Pendulum-v1", dataset="hopper-medium-replay") == own
+    assert targets("HopperBulletEnv-v0") == own
     assert targets(target_returns=(1.0, 2.0, -7.5)) == [1, 2, -7.5]
-    for name in ("hopper-medium-replay", "data/hopper-x.hdf5", "mujoco/hopper/expert-v0"):
-        assert targets(dataset=name) == [3600, 1800]
-    assert targets(dataset="walker2d-medium-v2") == [5000, 2500]
-    assert targets(dataset="own.npz", env_id="HalfCheetah-v5") == [12000, 6000]
-    losses = -rows["rewards"].abs()
-    assert cloner({**rows, "rewards": losses}, dataset="x.npz").policy.targets[0] == -3
+    assert capsys.readouterr().out == ""
+    for name in ("Hopper-v5", "Hopper-v4"):
+        assert targets(name, dataset="own.npz") == [3600, 1800]
+        assert targets(name, target_returns=(1.0, 2.0, -7.5)) == [1, 2, -7.5]
+    assert targets("Walker2d-v5") == [5000, 2500]
+    assert targets("HalfCheetah-v5", dataset="hopper-medium-replay") == [12000, 6000]
+    losses = numbered((2, 2, 4), rewards=-THREE["rewards"].abs())
+    agent, task = of_task(losses, "none")
+    assert agent.policy.targets[""] == -3  # of -3, -9 and -12
+    assert [type(x) for x in task["target_returns"]] == [float, float]  # saved with the checkpoint
+
+
+def test_more_than_the_data_have_is_not_asked_for_without_a_word(capsys):
+    for best, speaks in ((1799.0, True), (1801.0, False), (-5.0, True)):
+        rows = numbered((2, 2), rewards=torch.tensor([[best - 1], [1], [best - 20], [0]]))
+        of_task(rows, "Hopper-v5")
+        said = capsys.readouterr().out
+        assert said.count("\n") == speaks
+        if speaks:
+            assert "3600" in said and f"{best:g}" in said and "--target-returns" in said
+        of_task(rows, "Hopper-v5", target_returns=(9e9,))
+        of_task(rows, "none")
+        assert capsys.readouterr().out == ""
 
 
 def test_columns_of_the_targets():
-    policy, s = (agent := wild(target_returns=(10.0, 2.5, -338.42))).policy, torch.randn(3, S)
-    asked = agent.targets()
+    policy, s = wild(target_returns=(10.0, 2.5, -338.42)).policy, torch.randn(3, S)
+    asked = policy.targets
     assert list(asked) == ["", "_target_2.5", "_target_-338.42"]
     assert list(asked.values()) == pytest.approx([10.0, 2.5, -338.42])
     together, _ = policy.act(s, target=torch.tensor(list(asked.values()))[:, None])
@@ -509,26 +685,38 @@ def test_columns_of_the_targets():
 
 def test_scale_of_the_returns():
     rows = numbered((2, 2), rewards=torch.tensor([[1.0], [2], [-4], [-5]]))
-    deviation = np.std([3.0, 2.0, -9.0, -5.0])
-    assert cloner(rows).policy.return_scale.item() == pytest.approx(deviation)
+    std = np.std([3.0, 2.0, -9.0, -5.0])
+    assert cloner(rows).policy.return_scale.item() == pytest.approx(std)
     assert cloner(rows, return_scale=1000.0).policy.return_scale == 1000
-    nothing = cloner({**rows, "rewards": torch.zeros(4, 1)})
+    nothing = cloner(numbered((2, 2), rewards=torch.zeros(4, 1)))
     assert nothing.policy.return_scale == 1 and nothing.update()["losses/mse"].isfinite()
+
+
+def test_the_scale_of_the_returns_is_in_the_checkpoint():
+    agent = wild(return_scale=37.0)
+    rebuilt = dt.Policy(units.task() | {"target_returns": [0.0]}, agent.args)
+    rebuilt.load_state_dict(agent.policy.state_dict())
+    s = np.random.default_rng(0).normal(size=(4, S))
+    for target in (0.0, 50.0):
+        one, other = (policy.act(s, target=target)[0] for policy in (agent.policy, rebuilt.eval()))
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (dict(heads=3), "--heads 3.*--hidden-dim 16"),
-        (dict(forget=-1), "--forget -1"),
-        (dict(forget=K + 1), "--forget 7.*--context 6"),
-        (dict(heads=0), "--heads 0"),
-        (dict(context=0), "--context 0"),
-        (dict(layers=0), "--layers 0"),
-        (dict(max_episode_length=0), "--max-episode-length 0"),
-        (dict(dropout=1.0), "--dropout 1.0"),
-        (dict(dropout=-0.1), "--dropout -0.1"),
-        (dict(return_scale=-1.0), "--return-scale -1.0"),
+        (dict(heads=3), "--heads.*--hidden-dim"),
+        (dict(forget=-1), "--forget"),
+        (dict(forget=K + 1), "--forget.*--context"),
+        (dict(heads=0), "--heads"),
+        (dict(context=0), "--context"),
+        (dict(layers=0), "--layers"),
+        (dict(max_episode_length=0), "--max-episode-length"),
+        (dict(dropout=1.0), "--dropout"),
+        (dict(dropout=-0.1), "--dropout"),
+        (dict(return_scale=-1.0), "--return-scale"),
+        (dict(warmup_steps=-1), "--warmup-steps"),
+        (dict(max_grad_norm=0.0), "--max-grad-norm"),
     ],
 )
 def test_impossible_flags_are_refused(flags, message):

@@ -1,7 +1,11 @@
-"""datasets/make.py on tiny sizes, in a folder of its own, with policies of random weights."""
+"""datasets/make.py on tiny sizes, in a folder of its own, with policies of random weights; D4RL's
+files come from a server in this process."""
 
+import http.server
 import importlib.util
+import re
 import shutil
+import threading
 from pathlib import Path
 
 import gymnasium as gym
@@ -10,7 +14,7 @@ import minari
 import numpy as np
 import pytest
 import torch
-from conftest import load
+from conftest import load, write_hdf5
 
 STEPS = (100, 200, 300, 400, 500)  # of the snapshots of the SAC run below
 RETURNS = (-1400, 100, 5000, 4000, 10000)  # a third of the expert's is passed at step 300
@@ -29,12 +33,14 @@ def maker():
 def sac_run(maker, folder, env_id):
     """What algorithms/sac.py leaves behind: snapshots, evaluations, its replay buffer."""
     env = gym.make(env_id)
-    low, high = (torch.as_tensor(x)[None] for x in (env.action_space.low, env.action_space.high))
-    blank = {"observations": torch.zeros(1, env.observation_space.shape[0]), "actions": low}
+    low, high = env.action_space.low.tolist(), env.action_space.high.tolist()
+    task = {"sizes": [env.observation_space.shape[0], len(low)], "bounds": [low, high]}
     (folder / "policies").mkdir(parents=True)
     for step in STEPS:
         torch.manual_seed(step)
-        policy = maker.sac.Policy(blank | {"action_low": low, "action_high": high}, 8)
+        policy = maker.sac.Policy(task, maker.sac.Args(hidden_dim=8))
+        policy.scaling.mean.fill_(0.3)  # SAC has no scaling online, but may
+        policy.scaling.std.fill_(1.2)
         torch.save(policy.state_dict(), folder / "policies" / f"{step:08d}.pt")
     rows = [f"{s},{s / 10},{r},1.0,200.0,nan" for s, r in zip(STEPS, RETURNS)]
     head = "step,seconds,return_mean,return_std,length_mean,score"
@@ -102,10 +108,24 @@ def test_actions_are_drawn_from_the_policy(make, maker):
     data, _ = maker.read("pendulum-medium")
     policy = maker.policy_at(maker.load_policies("pendulum"), 300)
     with torch.no_grad():
-        mu, log_sigma = policy.net(torch.as_tensor(data["observations"])).chunk(2, dim=1)
+        mu, log_sigma = policy.net(policy.scaling.state(data["observations"])).chunk(2, dim=1)
     sigma = np.exp(-5 + 3.5 * (np.tanh(log_sigma.numpy()) + 1))
     noise = (np.arctanh(data["actions"] / 2) - mu.numpy()) / sigma
     assert abs(noise.mean()) < 0.15 and abs(noise.std() - 1) < 0.1  # standard normal
+
+
+@pytest.mark.parametrize("task", ["hopper", "halfcheetah", "walker2d", "pendulum"])
+def test_the_policies_that_ship_act(maker, task):
+    """Their files are older than the networks' scaling; the actions are the same."""
+    policies = maker.load_policies(task)
+    space = gym.make(maker.TASKS[task][0]).action_space
+    for step in policies["steps"]["medium"], policies["steps"]["expert"]:
+        policy = maker.policy_at(policies, step)
+        s = torch.randn(100, policy.net[0].in_features)
+        u = policy.net(s)[:, : space.shape[0]].tanh().detach()
+        torch.testing.assert_close(policy.act(s), u * torch.as_tensor(space.high))
+        stored = policies["policies"][str(step)]["net.0.weight"].float()
+        torch.testing.assert_close(policy.net[0].weight.data, stored, rtol=0, atol=0)
 
 
 def test_successors_are_the_simulators(make, maker):
@@ -128,7 +148,7 @@ def test_terminals_are_falls(make, maker):
     an episode begins where the simulator begins one."""
     make("walker2d-random")
     data, attributes = maker.read("walker2d-random")
-    assert attributes["ref_max_score"] == maker.sac.REFERENCES["Walker2d"][1]  # D4RL's
+    assert attributes["ref_max_score"] == maker.sac.SCORES["Walker2d"][1]  # D4RL's
     s, s_next, terminals = data["observations"], data["next_observations"], data["terminals"]
     fallen = (s_next[:, 0] < 0.8) | (s_next[:, 0] > 2) | (np.abs(s_next[:, 1]) > 1)
     np.testing.assert_array_equal(fallen, terminals)
@@ -187,7 +207,8 @@ def test_from_sac(make, maker, tmp_path):
     pendulum, walker = maker.load_policies("pendulum"), maker.load_policies("walker2d")
     assert pendulum["steps"] == {"medium": 300, "expert": 500, "replay": []}
     assert walker["steps"] == {"medium": 300, "expert": 500, "replay": [100, 200, 300]}
-    assert walker["policies"]["300"]["net.0.weight"].dtype == torch.float16
+    kinds = {key: value.dtype for key, value in walker["policies"]["300"].items()}
+    assert kinds["net.0.weight"] == torch.float16 and kinds["scaling.bounds"] == torch.float32
     assert walker["returns"] == {str(s): r for s, r in zip(STEPS, RETURNS) if s != 400}
 
     run = dict(from_sac=str(tmp_path / "walker2d"), task="walker2d", overwrite=True)
@@ -229,10 +250,10 @@ def test_the_coin_decides_in_the_band_alone(maker, coin):
     assert 0.05 < band.mean() < 0.15 and (np.abs(energy - 24.5) < 2.51)[band].all()
     np.testing.assert_allclose(np.abs(a[band]).mean(), 1.7, atol=0.01)
     np.testing.assert_allclose(np.abs(a[band]).std(), 0.1, atol=0.01)  # nothing in between
-    elsewhere = maker.SwingUp(True).act(s, sample=False)[:, 0].numpy()
+    elsewhere = maker.SwingUp(True).act(s, deterministic=True)[:, 0].numpy()
     noise = (a - elsewhere)[~band]
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 0.1) < 0.01
-    right = maker.SwingUp(False).act(s, sample=False)[:, 0].numpy()
+    right = maker.SwingUp(False).act(s, deterministic=True)[:, 0].numpy()
     np.testing.assert_array_equal(right[~band], elsewhere[~band])
     assert (right[band] == np.float32(1.7)).all()
 
@@ -255,13 +276,13 @@ def test_no_state_tells_the_coin(maker, coin):
 
 def test_both_pushes_succeed_and_their_mean_fails(maker, coin):
     class Mean(maker.SwingUp):
-        def act(self, s, sample=True):
-            many = super().act(s.repeat_interleave(100, 0), sample=False)
+        def act(self, s, deterministic=False):
+            many = super().act(s.repeat_interleave(100, 0), deterministic=True)
             return many.unflatten(0, (len(s), 100)).mean(1)
 
     class Left(maker.SwingUp):  # the mirror image of the one that pushes right
-        def act(self, s, sample=True):
-            return -super().act(s * torch.tensor([1.0, -1, -1]), sample)
+        def act(self, s, deterministic=False):
+            return -super().act(s * torch.tensor([1.0, -1, -1]), deterministic)
 
     returns, upright = {}, {}
     policies = {"right": maker.SwingUp(False), "left": Left(False), "mean": Mean(True)}
@@ -307,7 +328,10 @@ def test_mixture(make, maker):
         transitions=1400,
     )
     mixed, _ = maker.read("pendulum-odd")
+    with h5py.File(maker.FOLDER / "pendulum-odd.hdf5") as file:
+        sources, names = file["sources"][()], file.attrs["source_names"].split(",")
     counts = {}
+    assert sources.dtype == np.uint8 and len(sources) == len(mixed["rewards"])
     for name, share in zip(("random", "medium-replay", "expert"), (0.7, 0.1, 0.2)):
         part, _ = maker.read(f"pendulum-{name}")
         known = {part["observations"][a:b].tobytes() for a, b in spans(part)}
@@ -315,6 +339,8 @@ def test_mixture(make, maker):
         rows = sum(b - a for hit, (a, b) in zip(found, spans(mixed)) if hit)
         assert abs(rows - share * 1400) <= 200  # one episode
         counts[name] = found
+        whose = np.repeat(found, np.diff([a for a, _ in spans(mixed)] + [len(sources)]))
+        np.testing.assert_array_equal(sources == names.index(f"pendulum-{name}"), whose)
     hits = np.array(list(counts.values()))  # (parts, episodes)
     assert (hits.sum(0) == 1).all()  # whole episodes, each of one part
     whole = [mixed["observations"][a:b].tobytes() for a, b in spans(mixed)]
@@ -359,14 +385,26 @@ def test_algorithms_read_it(make, maker):
     """load_dataset of the algorithms sees the same transitions in the file and in Minari."""
     make("walker2d-expert", format="minari")
     data, _ = maker.read("walker2d-expert")
-    loader = load("bc").load_dataset
     for source in (str(maker.FOLDER / "walker2d-expert.hdf5"), "cleandgm/walker2d-expert-v0"):
-        loaded = loader(source)
-        for key in ("observations", "next_observations"):
-            np.testing.assert_array_equal(getattr(loaded, key), data[key])
-        np.testing.assert_array_equal(loaded.ends, data["terminals"] | data["timeouts"])
-        np.testing.assert_array_equal(loaded.terminals[:, 0], data["terminals"])
-        np.testing.assert_allclose(loaded.actions, data["actions"], atol=1e-6)
+        assert_loads(source, data)
+
+
+def assert_loads(source, data, rows=slice(None)) -> dict:
+    """The algorithms' loader accepts it and has these rows, in these episodes; returns the task.
+    Where some have no successor, a terminal's is not compared."""
+    loaded, task = load("bc").load_dataset(str(source))
+    np.testing.assert_allclose(loaded["actions"], data["actions"][rows], atol=1e-6)
+    np.testing.assert_array_equal(loaded["observations"], data["observations"][rows])
+    known, successors = loaded["recorded"], data["next_observations"][rows]
+    np.testing.assert_array_equal(loaded["next_observations"][known], successors[known])
+    assert (known | (isinstance(rows, np.ndarray) & (loaded["terminals"][:, 0] > 0))).all()
+    for key in ("rewards", "terminals"):
+        np.testing.assert_array_equal(loaded[key][:, 0], np.float32(data[key])[rows])
+    ends = (data["terminals"] > 0) | (data["timeouts"] > 0)
+    episodes = (np.cumsum(ends) - ends)[rows]
+    _, episodes = np.unique(episodes, return_inverse=True)  # some have no row left
+    np.testing.assert_array_equal(loaded["episodes"], episodes)
+    return task
 
 
 HALVES = "pendulum-random:0.5,pendulum-medium:0.5"
@@ -378,6 +416,8 @@ HALVES = "pendulum-random:0.5,pendulum-medium:0.5"
         ([], {}, "Name a data set"),
         (["pendulum-perfect"], {}, "No data set 'pendulum-perfect'.*-medium-expert"),
         (["hopper-bimodal"], {}, "No data set 'hopper-bimodal'.*pendulum-bimodal"),
+        (["hopper-medium-v0"], {}, "No data set 'hopper-medium-v0'.*-medium-v2"),
+        (["ant-medium"], {}, "No data set 'ant-medium'.*D4RL's.*ant"),
         (["pendulum-medium-replay"], {}, "exists"),
         (["pendulum-medium-replay"], {"overwrite": True}, "ships with the project"),
         (["hopper-medium"], {}, "No policies of hopper"),
@@ -388,7 +428,14 @@ HALVES = "pendulum-random:0.5,pendulum-medium:0.5"
         ([], {"mix": "pendulum-random:0.5,pendulum-random:0.5", "name": "x"}, "twice"),
         ([], {"mix": "pendulum-random:0.5,walker2d-random:0.5", "name": "x"}, "environments"),
         ([], {"mix": "pendulum-random:0.5,pendulum-bad:0.5", "name": "x"}, "'pendulum-bad'"),
+        (
+            [],
+            {"mix": "hopper-random:0.5,hopper-random-v2:0.5", "name": "x"},
+            "Hopper-v4, Hopper-v5",
+        ),
+        ([], {"mix": "taken:0.5,hopper-random:0.5", "name": "x"}, "taken.hdf5 names no env"),
         ([], {"mix": HALVES}, "name of its own"),
+        ([], {"mix": HALVES, "name": "hopper-medium-v2"}, "name of its own"),
         ([], {"mix": HALVES, "name": "pendulum-expert"}, "name of its own"),
         ([], {"mix": HALVES, "name": "taken"}, "exists"),
         ([], {"from_sac": "nowhere", "task": "cartpole"}, "one of hopper"),
@@ -415,7 +462,8 @@ def test_a_failed_write_leaves_the_old_file(make, maker):
     data, _ = maker.read("pendulum-random")
     data["rewards"] = np.array(["broken"] * SIZE)
     with pytest.raises(ValueError):
-        maker.write("pendulum-random", data, "pendulum", "", 0)
+        maker.write("pendulum-random", data, "Pendulum-v1", "", 0)
+    assert not [*maker.FOLDER.glob("*.tmp")]
     assert (maker.FOLDER / "pendulum-random.hdf5").read_bytes() == before
 
 
@@ -439,6 +487,8 @@ def test_card_and_list(make, maker, capsys):
     assert rows["pendulum-medium-replay"].split()[1] == "ships"
     assert rows["hopper-expert"].endswith("policies/hopper.pt, rolled out")
     assert rows["pendulum-bimodal"].split()[1] == "ships"
+    assert rows["ant-full-replay-v2"].endswith("D4RL's, downloaded")
+    assert set(maker.KNOWN) < set(rows)
 
 
 def test_the_card_is_up_to_date(maker):
@@ -447,3 +497,344 @@ def test_the_card_is_up_to_date(maker):
     table = {row.split(" | ")[0]: row for row in maker.card_table().splitlines()}
     for name in maker.SHIPPED:
         assert table[f"| `{name}`"] in card, name
+
+
+# ----------------------------------------------------------------------------------------- D4RL
+
+
+NAME, FILE = "hopper-medium-replay-v2", "hopper_medium_replay-v2.hdf5"
+
+
+@pytest.fixture
+def fetch(maker, elsewhere, monkeypatch):
+    """`fetch("hopper-medium-replay-v2")` as the command line does it, into an empty datasets/."""
+    monkeypatch.setattr(maker, "FOLDER", elsewhere.parent / "datasets")
+    maker.FOLDER.mkdir()
+    return lambda *names, **flags: maker.main(maker.Args(names=[*names], **flags))
+
+
+@pytest.fixture
+def cache(elsewhere, monkeypatch) -> Path:
+    """Where D4RL's originals are kept."""
+    path = elsewhere.parent / "d4rl" / "datasets"
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(path))
+    return path
+
+
+@pytest.fixture
+def replay(hopper) -> dict[str, np.ndarray]:
+    """About as many falls as timeouts in whole episodes, in D4RL's columns and types."""
+    n = np.flatnonzero(hopper["terminals"] | hopper["timeouts"])[-1] + 1
+    kinds = {"terminals": bool, "timeouts": bool}
+    return {key: rows[:n].astype(kinds.get(key, np.float32)) for key, rows in hopper.items()}
+
+
+def without(arrays: dict, *keys: str) -> dict:
+    return {key: array for key, array in arrays.items() if key not in keys}
+
+
+@pytest.fixture
+def server(cache, elsewhere, replay, monkeypatch):
+    """A mirror of D4RL with one file, as D4RL lays it out. `answers` is what it sends: the file, a
+    page or nothing; `cuts` is how many answers break off in the middle; `ranges`: whether it can
+    send a part of a file."""
+    extra = {"infos/action_log_probs": np.zeros(2000), "metadata/algorithm": "SAC"}
+    extra |= {"metadata/policy/fc0/weight": np.zeros((4, 4)), "infos/qpos": np.zeros((2000, 6))}
+    content = write_hdf5(elsewhere.parent / "served.hdf5", replay | extra).read_bytes()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.requests.append((self.path, self.headers["Range"]))
+            if server.answers == "nothing" or not self.path.endswith(f"/{FILE}"):
+                return self.send_error(404)
+            body = content if server.answers == "file" else b"<html>Sign in, please</html>"
+            first = 0
+            if server.ranges and self.headers["Range"]:
+                first = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
+                if first >= len(body):
+                    return self.send_error(416)
+                self.send_response(206)
+                self.send_header("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")
+            else:
+                self.send_response(200)
+            body = body[first:]
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: len(body) * 2 // 3] if server.cuts > 0 else body)
+            server.cuts -= 1
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.answers, server.cuts, server.ranges, server.requests = "file", 0, True, []
+    server.content = content
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_port}/gym_mujoco_v2"
+    monkeypatch.setenv("D4RL_MIRROR", server.url)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_d4rl_is_fetched_once(fetch, maker, server, cache, replay, capsys):
+    fetch(NAME)
+    assert server.requests == [(f"/gym_mujoco_v2/{FILE}", None)]
+    assert [(x.name, x.read_bytes()) for x in cache.iterdir()] == [(FILE, server.content)]
+    made = maker.FOLDER / f"{NAME}.hdf5"
+    assert [*maker.FOLDER.iterdir()] == [made]
+    assert f"{NAME}: 0 ends of episodes recovered" in capsys.readouterr().out
+
+    task = assert_loads(made, replay)
+    assert task["env"] == "Hopper-v4" and task["bounds"] == [[-1] * 3, [1] * 3]
+    with h5py.File(made) as file:
+        assert (file.attrs["env_id"], file.attrs["ref_max_score"]) == ("Hopper-v4", 3234.3)
+        assert file.attrs["ref_min_score"] == -20.272305 and FILE in file.attrs["description"]
+        assert set(file) == {*without(replay, "next_observations"), "final_observations"}
+
+    with pytest.raises(SystemExit, match="exists; --overwrite"):
+        fetch(NAME)
+    before = made.read_bytes()
+    made.unlink()
+    fetch(NAME)
+    fetch(NAME, overwrite=True)
+    assert len(server.requests) == 1
+    assert_loads(made, replay)
+    assert len(before) == made.stat().st_size
+
+
+def test_names_of_d4rl(maker, fetch, monkeypatch):
+    assert len(maker.D4RL) == 24 and set(maker.D4RL) < set(maker.KNOWN)
+    assert maker.D4RL["ant-full-replay-v2"] == "ant_full_replay-v2.hdf5"
+    for name in maker.D4RL:
+        env_id = maker.environment_of(name)
+        assert env_id.endswith("-v4") and env_id.lower().startswith(name.split("-")[0])
+        assert maker.make_env(env_id).spec.max_episode_steps == 1000
+        assert maker.references(env_id) == maker.sac.SCORES[env_id[:-3]]
+    made = []
+    monkeypatch.setattr(maker, "make", lambda name, args: made.append(name))
+    fetch("all")
+    assert made == maker.OURS and not {*made} & {*maker.D4RL}
+
+
+def test_a_cut_transfer_goes_on(fetch, server, cache, capfd):
+    server.cuts = 1
+    fetch(NAME)
+    first, second = (wanted for _, wanted in server.requests)
+    assert first is None and (cache / FILE).read_bytes() == server.content
+    begin = int(second.removeprefix("bytes=").removesuffix("-"))
+    assert begin == len(server.content) * 2 // 3 - 65_536  # the last of what it has, once more
+    assert "D4RL:" in capfd.readouterr().err  # the progress bar
+
+
+def test_the_next_command_goes_on(fetch, server, cache):
+    server.cuts = 1000
+    with pytest.raises(SystemExit, match=r"broke off after.*what came is kept"):
+        fetch(NAME)
+    assert [x.name for x in cache.iterdir()] == [f"{FILE}.part"]
+    server.cuts, known = 0, len(server.requests)
+    fetch(NAME)
+    assert len(server.requests) == known + 1 and server.requests[-1][1] > "bytes=1"
+    assert [(x.name, x.read_bytes()) for x in cache.iterdir()] == [(FILE, server.content)]
+
+
+def test_a_server_without_ranges_begins_anew(fetch, server, cache):
+    server.cuts, server.ranges = 1, False
+    fetch(NAME)
+    assert len(server.requests) == 2 and server.requests[1][1]
+    assert (cache / FILE).read_bytes() == server.content
+
+
+@pytest.mark.parametrize("spoil", ["other", "longer", "empty", "whole"])
+def test_a_part_that_does_not_fit_begins_anew(spoil, fetch, server, cache):
+    """A file that has changed on the server in between; a part that lacks nothing is taken."""
+    cache.mkdir(parents=True)
+    half = server.content[: len(server.content) // 2]
+    parts = {"other": half[:-9] + bytes(9), "longer": server.content + bytes(100_000)}
+    part = parts.get(spoil, server.content if spoil == "whole" else b"")
+    (cache / f"{FILE}.part").write_bytes(part)
+    fetch(NAME)
+    assert [(x.name, x.read_bytes()) for x in cache.iterdir()] == [(FILE, server.content)]
+    assert len(server.requests) == (2 if spoil in ("other", "longer") else 1)
+
+
+@pytest.mark.parametrize(
+    "answers, cuts, said",
+    [
+        ("file", 1000, "broke off"),
+        ("page", 0, "no HDF5"),
+        ("nothing", 0, "404"),
+    ],
+)
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_bad_server_leaves_no_file(answers, cuts, said, ranges, fetch, maker, server, cache):
+    server.answers, server.cuts, server.ranges = answers, cuts, ranges
+    with pytest.raises(SystemExit, match=said) as end:
+        fetch(NAME)
+    message = str(end.value.code)
+    assert f"{server.url}/{FILE}" in message and "D4RL_MIRROR" in message
+    assert f"put {FILE} into {cache}" in message
+    assert not (cache / FILE).exists() and not [*maker.FOLDER.iterdir()]
+    server.answers, server.cuts = "file", 0  # and what is left does no harm
+    fetch(NAME)
+    assert (cache / FILE).read_bytes() == server.content
+
+
+@pytest.mark.parametrize("mirror", ["http://127.0.0.1:9", "no-address"])
+def test_no_network_is_said_plainly(mirror, fetch, maker, cache, monkeypatch):
+    monkeypatch.setenv("D4RL_MIRROR", mirror)
+    with pytest.raises(SystemExit, match="No D4RL data from") as end:
+        fetch("walker2d-full-replay-v2")
+    message = str(end.value.code)
+    assert f"{mirror}/walker2d_full_replay-v2.hdf5" in message
+    assert "refused" in message or "unknown url type" in message
+    assert "D4RL_MIRROR" in message and f"into {cache}" in message and "kept" not in message
+    assert not [*maker.FOLDER.iterdir()]
+
+
+def test_a_cache_that_cannot_be_written_is_said_plainly(fetch, server, cache):
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache.touch()  # a file where the folder should be
+    with pytest.raises(SystemExit, match=f"exists.*{cache} .D4RL_DATASET_DIR"):
+        fetch(NAME)
+
+
+def put(cache: Path, arrays: dict, name: str = FILE) -> None:
+    """Puts a file where the downloaded ones are, by hand."""
+    write_hdf5(cache / name, arrays)
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda x: without(x, "actions", "rewards"), "lacks actions, rewards"),
+        (lambda x: x | {"observations": x["observations"][:, :5]}, "'observations' has the shape"),
+        (lambda x: x | {"observations": np.ones((2000, 17))}, "'observations' has the shape"),
+        (lambda x: x | {"actions": x["actions"][:-1]}, "'actions' has the shape"),
+        (lambda x: x | {"rewards": x["rewards"] * np.nan}, "'rewards' is NaN"),
+        (lambda x: x | {"actions": np.full((len(x["actions"]), 3), "up", "S2")}, "'actions' is of"),
+        (lambda x: {key: rows[:0] for key, rows in x.items()}, "'observations' has the shape"),
+        (lambda x: without(x, "rewards") | {"rewards/x": x["rewards"]}, "'rewards' has the shape"),
+    ],
+)
+def test_a_wrong_file_put_by_hand_is_refused(spoil, said, fetch, maker, cache, replay):
+    put(cache, spoil(replay))
+    with pytest.raises(SystemExit, match=said) as end:
+        fetch(NAME)
+    assert str(cache / FILE) in str(end.value.code) and "Delete it" in str(end.value.code)
+    assert not [*maker.FOLDER.iterdir()]
+
+
+def test_a_cut_file_put_by_hand_is_refused(fetch, server, cache):
+    cache.mkdir(parents=True)
+    (cache / FILE).write_bytes(server.content[:10_000])
+    with pytest.raises(SystemExit, match=f"{FILE} is not D4RL's: it cannot be read.*Delete it"):
+        fetch(NAME)
+
+
+@pytest.mark.parametrize("successors", [True, False])
+@pytest.mark.parametrize("lost", ["none", "half", "all", "the array"])
+def test_lost_ends_are_recovered(successors, lost, fetch, maker, cache, replay, capsys):
+    """By the successor that is not the next row or, without successors, by the next row that looks
+    like a start. What is marked is never overruled."""
+    truth = replay["timeouts"]
+    lose = np.flatnonzero(truth[:-1])[:: 2 if lost == "half" else 1]
+    lose = lose if lost != "none" else lose[:0]
+    assert truth[:-1].sum() >= 20
+    arrays = replay | {"timeouts": truth & ~np.isin(np.arange(len(truth)), lose)}
+    arrays = without(arrays, "timeouts") if lost == "the array" else arrays
+    put(cache, arrays if successors else without(arrays, "next_observations"))
+    fetch(NAME)
+    assert f"{NAME}: {len(lose)} ends of episodes recovered" in capsys.readouterr().out
+    with h5py.File(maker.FOLDER / f"{NAME}.hdf5") as file:
+        np.testing.assert_array_equal(file["timeouts"][()], truth)
+        np.testing.assert_array_equal(file["terminals"][()], replay["terminals"])
+        assert ("final_observations" in file) == successors
+    if successors:
+        assert_loads(maker.FOLDER / f"{NAME}.hdf5", replay)
+    else:  # a timeout's row has no successor, and is not learnt from
+        assert_loads(maker.FOLDER / f"{NAME}.hdf5", replay, ~truth)
+
+
+def test_the_files_end_is_an_end(fetch, maker, cache, replay, capsys):
+    """D4RL's files end where they end. The last successor is kept."""
+    n = np.flatnonzero(replay["timeouts"])[-1] - 3
+    cut = {key: rows[:n] for key, rows in replay.items()}
+    put(cache, cut)
+    fetch(NAME)
+    assert f"{NAME}: 0 ends" in capsys.readouterr().out
+    ended = cut | {"timeouts": cut["timeouts"] | (np.arange(n) == n - 1)}
+    assert_loads(maker.FOLDER / f"{NAME}.hdf5", ended)
+
+
+def test_rounding_ends_no_episode(maker, replay):
+    replay["next_observations"] *= 1 + 1e-6
+    assert maker.mend(replay, 1000)[1] == 0
+
+
+def test_a_terminal_at_the_time_limit_is_a_terminal(maker, replay):
+    both = np.flatnonzero(replay["terminals"])[3]
+    replay["timeouts"] = replay["timeouts"] | (np.arange(len(replay["timeouts"])) == both)
+    data, recovered = maker.mend(replay, 1000)
+    assert recovered == 0 and data["terminals"][both] and not data["timeouts"][both]
+
+
+@pytest.mark.parametrize("successors", [True, False])
+def test_no_episode_exceeds_the_time_limit(successors, maker):
+    n = 3500
+    s = np.arange(n + 1, dtype=np.float32)[:, None]
+    data = {"observations": s[:-1], "next_observations": s[1:], "rewards": np.ones(n)}
+    data |= {"terminals": np.arange(n) == 249, "timeouts": np.arange(n) == 1249}
+    data, recovered = maker.mend(data if successors else without(data, "next_observations"), 1000)
+    assert recovered == 2  # the one at 1249 is marked, that of the last row is not counted
+    assert np.flatnonzero(data["timeouts"]).tolist() == [1249, 2249, 3249, 3499]
+
+
+def test_starts_are_known_from_timeouts_where_terminals_are_few(maker, replay):
+    """As on HalfCheetah, which has no terminals: 20 marked ends of any kind are enough, fewer are
+    too few to know what a start looks like."""
+    bare = without(replay, "next_observations") | {"terminals": replay["terminals"] & False}
+    ends = replay["terminals"] | replay["timeouts"]
+    found, recovered = maker.mend(bare | {"timeouts": replay["timeouts"]}, 1000)
+    np.testing.assert_array_equal(found["timeouts"], ends)
+    assert recovered == replay["terminals"][:-1].sum()
+    few = np.flatnonzero(ends)[10]
+    marks = ends & (np.arange(len(ends)) <= few)
+    found, recovered = maker.mend(bare | {"timeouts": marks}, 10_000)
+    assert recovered == 0
+
+
+def test_contact_forces_that_are_zero_are_left_out(fetch, maker, cache, capsys):
+    """D4RL's ant has 84 of them, all zero; Ant-v4 has none."""
+    rng = np.random.default_rng(0)
+    s = np.zeros((101, 111), np.float32)
+    s[:, :27] = rng.normal(size=(101, 27))
+    arrays = {"observations": s[:-1], "next_observations": s[1:], "rewards": np.ones(100)}
+    arrays |= {"actions": rng.uniform(-1, 1, (100, 8)), "terminals": np.zeros(100, bool)}
+    put(cache, arrays, "ant_medium-v2.hdf5")
+    fetch("ant-medium-v2")
+    kept = {key: rows[:, :27] if "obs" in key else rows for key, rows in arrays.items()}
+    kept |= {"timeouts": np.arange(100) == 99}
+    assert assert_loads(maker.FOLDER / "ant-medium-v2.hdf5", kept)["env"] == "Ant-v4"
+    s[50, 60] = 1
+    put(cache, arrays, "ant_expert-v2.hdf5")
+    with pytest.raises(SystemExit, match=r"'observations' has the shape \(100, 111\), not"):
+        fetch("ant-expert-v2")
+
+
+def test_d4rl_in_minari_and_in_mixtures(fetch, maker, cache, replay):
+    put(cache, replay)
+    put(cache, replay, "hopper_random-v2.hdf5")
+    fetch(NAME, format="minari")
+    data = minari.load_dataset(f"cleandgm/{NAME}-v0")
+    assert data.spec.env_spec.id == "Hopper-v4" and data.storage.metadata["author"] == {"D4RL"}
+    assert_loads(f"cleandgm/{NAME}-v0", replay)
+    fetch(mix=f"{NAME}:0.5,hopper-random-v2:0.5", name="both")  # fetches the part that is missing
+    task = load("bc").load_dataset(str(maker.FOLDER / "both.hdf5"))[1]
+    assert task["env"] == "Hopper-v4"
+
+    put(cache, without(replay, "next_observations"))
+    fetch(NAME, overwrite=True)
+    for flags in (dict(names=[NAME], format="minari"), dict(mix=f"{NAME}:1", name="one")):
+        with pytest.raises(SystemExit, match="no final_observations"):
+            maker.main(maker.Args(**flags))
