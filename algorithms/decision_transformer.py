@@ -40,7 +40,6 @@ import functools
 import hashlib
 import json
 import math
-import platform
 import re
 import signal
 import sys
@@ -307,7 +306,7 @@ class DecisionTransformer(nn.Module):
         returns = R[episodes.diff(prepend=episodes[:1] - 1) != 0]  # (E, 1)
         best, mean = returns.max().item(), returns.mean().item()
         asked = TARGETS.get(task["env_id"].split("-v")[0], [best, 0.5 * (best + mean)])
-        if not args.target_returns and asked[0] > 2 * best:
+        if not args.target_returns and asked[0] > 2 * max(best, 0):
             say = f"Asked for are the paper's returns {asked}, the data's best is {best:g}"
             print(f"{say}: --target-returns asks for others.")
         task["target_returns"] = asked
@@ -317,7 +316,7 @@ class DecisionTransformer(nn.Module):
         self.policy.scaling.fit(data["observations"])
         self.policy.return_scale.fill_(args.return_scale or R.std(correction=0).item() or 1.0)
         self.data = self.columns(data)
-        self.register_buffer("t", torch.zeros((), device=device))  # gradient steps so far
+        self.register_buffer("updates", torch.zeros((), device=device))
         options = dict(weight_decay=args.weight_decay, fused=True, capturable=R.is_cuda)
         rate = torch.tensor(args.learning_rate, device=device)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), rate, **options)
@@ -339,9 +338,9 @@ class DecisionTransformer(nn.Module):
         norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.args.max_grad_norm)
 
         # The step size is a tensor: a graph would keep a number as it was when captured.
-        self.t += 1
+        self.updates += 1
         rate = self.optimizer.param_groups[0]["lr"]
-        rate.copy_(self.args.learning_rate * (self.t / self.args.warmup_steps).clamp(max=1))
+        rate.copy_(self.args.learning_rate * (self.updates / self.args.warmup_steps).clamp(max=1))
         self.optimizer.step()
         return {"losses/mse": loss, "gradients/norm": norm, "charts/learning_rate": rate}
 
@@ -403,7 +402,9 @@ def explained(what: str):
     try:
         yield
     except Exception as error:
-        raise SystemExit(f"{what}: {error or repr(error)}") from error
+        raise SystemExit(
+            f"{what}: {str(error).strip().split(chr(10))[0] or repr(error)}"
+        ) from error
 
 
 def read_dataset(name: str) -> dict:
@@ -462,10 +463,9 @@ def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], di
     s, a, terminal = x["observations"], x["actions"], x["terminals"][:, 0] > 0
 
     # Environment, bounds and scores are the file's, unless --env-id is another environment's.
-    own = raw.get("env_id", "none")
-    own = own.decode() if isinstance(own, bytes) else str(own)
+    own = np.asarray(raw.get("env_id", "none")).astype(str).item()
     task = {"env": env_id or own, "env_id": "none", "sizes": [s.shape[1], a.shape[1]]}
-    says = raw if own in ("none", task["env"]) else {}
+    says = raw if own == "none" or env_id in ("", "none", own) else {}
     low, high = says.get("action_low", -1.0), says.get("action_high", 1.0)
     if task["env"] != "none":
         env = make_env(task)
@@ -481,9 +481,9 @@ def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], di
     low += (low < bounds[0]) * np.spacing(np.abs(low))
     high -= (high > bounds[1]) * np.spacing(np.abs(high))
     span = high - low
-    check(np.isfinite(span) & (span > 0), f"{of}: its actions have the bounds {low} and {high}.")
-    ok = ((a >= low - 1e-4 * span) & (a <= high + 1e-4 * span)).all(1)
-    check(ok, f"{of}: an action leaves {low} to {high}, first in row {ok.argmin()}.")
+    ok = np.isfinite(span) & (span > 0) & (a >= low - 1e-4 * span) & (a <= high + 1e-4 * span)
+    where = f"first in row {ok.all(1).argmin()}, or these are no bounds"
+    check(ok, f"{of}: an action leaves its bounds, {low} to {high}, {where}.")
 
     # A terminal ends the task, a timeout only the recording: the first alone stops the bootstrap.
     ends, recorded = terminal | (x["timeouts"][:, 0] > 0), np.ones(n, bool)
@@ -517,10 +517,9 @@ def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], di
 def make_env(task: dict, **options) -> gym.Env:
     """The task's environment: an id, also module:Id, or a specification in JSON as Minari has."""
     sys.path += [""] * ("" not in sys.path)  # modules of the current folder, too
-    of = f"Environment {task['env'][:50]} (--env-id)"
+    env, of = task["env"], f"Environment {task['env'][:50]} (--env-id)"
     with explained(of):
-        is_json = task["env"].startswith("{")
-        env = gym.make(EnvSpec.from_json(task["env"]) if is_json else task["env"], **options)
+        env = gym.make(EnvSpec.from_json(env) if env[0] == "{" else env, **options)
     spaces, shapes = (env.observation_space, env.action_space), [(x,) for x in task["sizes"]]
     ok = all(isinstance(x, gym.spaces.Box) and x.shape == y for x, y in zip(spaces, shapes))
     check(ok, f"{of} has {spaces[0]} and {spaces[1]}, the data has boxes of shapes {shapes}.")
@@ -571,7 +570,7 @@ def load_policy(checkpoint: str | Path, device: str = "cpu", **flags) -> Policy:
         policy = Policy(saved["task"], Args(**saved["args"] | flags)).to(device).eval()
         of_policy = {k: v for k, v in saved["learner"].items() if k.startswith("policy.")}
         policy.load_state_dict({k[7:]: v for k, v in of_policy.items()})
-    policy.saved = saved
+    policy.saved, policy.folder = saved, path.parent
     return policy
 
 
@@ -580,7 +579,8 @@ def load_policy(checkpoint: str | Path, device: str = "cpu", **flags) -> Policy:
 
 def train(args: Args) -> list[dict[str, float]]:
     """Trains one run, or with --evaluate looks at one. Returns its evaluations, oldest first."""
-    for flag, low in dict(seed=0, steps=1, batch_size=1, eval_every=0, eval_episodes=1).items():
+    least = dict(seed=0, steps=1, batch_size=1, threads=1, eval_every=0, eval_episodes=1)
+    for flag, low in least.items():
         check(getattr(args, flag) >= low, f"--{flag.replace('_', '-')} must be {low} or more.")
     check(0 <= args.validation_fraction < 1, "--validation-fraction is a share, 0 to below 1.")
     with explained(f"--device {args.device}"):
@@ -599,11 +599,9 @@ def train(args: Args) -> list[dict[str, float]]:
         task |= other if args.env_id not in ("", task["env"]) else {}
         check(task["env"] != "none", f"--evaluate {args.evaluate}: its --env-id is none, give one.")
         torch.manual_seed(0)
-        here = Path(args.evaluate)
-        here = here if here.is_dir() else here.parent
-        video = here / "video" if args.capture_video else ""
+        video = policy.folder / "video" if args.capture_video else ""
         row = evaluate(policy, task, args.eval_episodes, args.seed, video)
-        print(f"{task['env']}{describe(row)}  {video}")
+        print(f"{task['env']}: {', '.join(f'{k} {v:.4g}' for k, v in row.items())}  {video}")
         return [row]
     name, path = Path(__file__).stem, Path(args.dataset)
     data_name = path.stem if path.is_file() else args.dataset.strip("/").replace("/", "-")
@@ -643,8 +641,9 @@ def train(args: Args) -> list[dict[str, float]]:
             restore(state.cpu())
 
     # The run directory: claimed at once, never taken twice.
-    about = {"args": asdict(args), "task": task, "machine": platform.platform()}
-    about |= {"gpu": torch.cuda.get_device_name() if cuda else "none", "python": sys.version}
+    about = {"args": asdict(args), "task": task, "python": sys.version, "threads": args.threads}
+    about["gpu"] = torch.cuda.get_device_name() if cuda else "none"
+    about["cpu"] = torch.backends.cpu.get_cpu_capability()
     packages = torch, np, gym, minari, sys.modules.get("mujoco", np)
     with explained(f"--run-dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -709,7 +708,13 @@ def train(args: Args) -> list[dict[str, float]]:
             for key, value in list(history[-1].items())[2:]:
                 writer.add_scalar(key if "/" in key else f"eval/{key}", value, step)
             best = max(row.get("return_mean", math.nan) for row in history)
-            bar.write(f"step {step:>9,}{describe(history[-1])}  best {best:.4g}  left {left}")
+            keys = [
+                k
+                for k in history[-1]
+                if task["env"] == "none" or k.startswith(("return_mean", "score"))
+            ]
+            shown = "".join(f"  {k.replace('_mean', '')} {history[-1][k]:.4g}" for k in keys)
+            bar.write(f"step {step:>9,}{shown}  best {best:.4g}  left {left}")
             if last:
                 save()
         if stop and not last:
@@ -720,13 +725,6 @@ def train(args: Args) -> list[dict[str, float]]:
     bar.close()
     check(last, f"Saved at step {step:,}; the same command with --resume goes on.")
     return history
-
-
-def describe(row: dict) -> str:
-    """Returns and scores; of a run without an environment the validation losses."""
-    keys = [key for key in row if key.startswith(("return_mean", "score"))]
-    keys = keys or [key for key in row if key.startswith("validation")]
-    return "".join(f"  {key.replace('_mean', '')} {row[key]:.4g}" for key in keys)
 
 
 def adam(of: nn.Module | list, learning_rate: float, **options) -> torch.optim.Adam:

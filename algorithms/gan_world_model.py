@@ -25,10 +25,9 @@ hopper-medium-replay, 38,000 steps (8,000 the model's), τ = 0.02: 27, 47 and 55
 
 Differs from the paper / official code:
 - MOAN's code (github.com/junming-yang/MOAN) charges the largest |σ_i| plus 0.1 ((1 - D) - 0.5),
-  here --penalty moan. Half of its batches is real, it draws from the best five of seven members, D
-  judges μ_i instead of a sample and weighs 2 in L(G); D is one layer of 100 units, learns at every
-  15th step, without a gradient penalty and without samples away from the data. Its scores are no
-  reference for this file.
+  here --penalty moan. Half of its batches is real, and the best five of seven members imagine. Its
+  D judges μ_i, not samples, and weighs 2 in L(G); it has one layer of 100 units, learns at every
+  15th step, without a gradient penalty and without samples away from the data.
 - MOPO and MOAN learn bounds on σ and stop early; here log σ is in [-5, 1], the steps are fixed.
 - Both charge u. Charged here is its excess over the data's mean, in standard deviations of the
   reward: one λ fits all kinds, and an episode that stays with the data costs nothing.
@@ -73,15 +72,11 @@ class Args:
 
     # u: -log D of the sample, largest |σ_i|, farthest μ_i from their mean, MOAN's sum, or nothing.
     penalty: Literal["discriminator", "aleatoric", "disagreement", "moan", "none"] = "discriminator"
-    penalty_weight: float = 1.0  # λ: reward's standard deviations per multiple of the data's mean u
+    penalty_weight: float = 1.0  # λ: the reward's standard deviations per multiple of ū
     adversarial_weight: float = 1.0  # λ_adv beside the likelihood; 0 is MOPO's model
     gradient_penalty: float = 0.1  # γ_D, weight of the squared gradient of D at transitions
-    termination: str = (
-        ""  # how episodes end: hopper, walker2d, halfcheetah, pendulum, none; or by name
-    )
-    model_steps: int = (
-        50_000  # gradient steps of the world model; the policy has the rest of --steps
-    )
+    termination: str = ""  # how episodes end: hopper, walker2d, ..., none; empty: by --env-id
+    model_steps: int = 50_000  # gradient steps of the world model; the policy's are the rest
     ensemble: int = 5  # members of the world model
     model_dim: int = 200  # units in each of the world model's hidden layers
     model_layers: int = 4  # hidden layers of the world model
@@ -245,23 +240,15 @@ class WorldModel(nn.Module):
 # ----------------------------------------------------------------------------------- Algorithm
 
 
-def between(low: float, x, high: float):
-    return (low < x) & (x < high)  # NaN is not
-
-
 def always(s):
     return torch.ones_like(s[:, 0], dtype=torch.bool)
 
 
 # Whether an episode goes on at states (B, S) in the environment's units: Gymnasium's rules (-v4 and
-# -v5), read off the observation. For an environment of your own, add its line.
+# -v5), read off the observation; at NaN it does not. For an environment of your own, add its line.
 GOES_ON = {
-    "hopper": lambda s: (
-        between(0.7, s[:, 0], math.inf)
-        & between(-0.2, s[:, 1], 0.2)
-        & between(-100, s[:, 1:], 100).all(1)
-    ),
-    "walker2d": lambda s: between(0.8, s[:, 0], 2.0) & between(-1.0, s[:, 1], 1.0),
+    "hopper": lambda s: (s[:, 0] > 0.7) & (s[:, 1].abs() < 0.2) & (s[:, 1:].abs() < 100).all(1),
+    "walker2d": lambda s: (s[:, 0] > 0.8) & (s[:, 0] < 2) & (s[:, 1].abs() < 1),
     "halfcheetah": always,
     "pendulum": always,
     "none": always,
@@ -290,8 +277,8 @@ class GANWorldModel(nn.Module):
         least |= dict(rollout_keep=1, real_fraction=0, penalty_weight=0, adversarial_weight=0)
         for flag, low in least.items():
             value, high = getattr(args, flag), 1 if flag == "real_fraction" else math.inf
-            sentence = f"--{flag.replace('_', '-')} {value}: it must lie between {low} and {high}."
-            check(low <= value <= high, sentence)
+            name = f"--{flag.replace('_', '-')} {value}"
+            check(low <= value <= high, f"{name}: it must lie between {low} and {high}.")
 
         # Dynamics are learnt from the rows that have a successor; a terminal may have none.
         self.args, device = args, data["rewards"].device
@@ -300,9 +287,8 @@ class GANWorldModel(nn.Module):
         self.goes_on = termination_rule(args.termination, task["env_id"], raw, d)
         self.policy = Policy(task, args).to(device)
         self.policy.scaling.fit(data["observations"])
-        s, s_next = map(
-            self.policy.scaling.state, (data["observations"], data["next_observations"])
-        )
+        state = self.policy.scaling.state
+        s, s_next = state(data["observations"]), state(data["next_observations"])
         self.data = (s, data["actions"], data["rewards"], s_next, data["terminals"])
 
         (state_dim, action_dim), hidden = task["sizes"], args.discriminator_dim
@@ -310,8 +296,7 @@ class GANWorldModel(nn.Module):
         self.critic_target = copy.deepcopy(self.critic)
         self.log_alpha = nn.Parameter(torch.zeros((), device=device))
         self.target_entropy = -action_dim
-        known = [column[self.recorded] for column in self.data[:4]]
-        self.model = WorldModel(*known, args).to(device)
+        self.model = WorldModel(*(x[self.recorded] for x in self.data[:4]), args).to(device)
         self.discriminator = mlp(2 * state_dim + action_dim + 1, hidden, 1, 3).to(device)
 
         # The imagined transitions: a ring of rows (s, a, r̂, ŝ', d, penalty).
@@ -326,9 +311,8 @@ class GANWorldModel(nn.Module):
         self.critic_optimizer = adam(self.critic, args.learning_rate)
         self.alpha_optimizer = adam([self.log_alpha], args.learning_rate)
         self.model_optimizer = adam(self.model, args.model_learning_rate)
-        self.discriminator_optimizer = adam(
-            self.discriminator, args.discriminator_learning_rate, betas=(0.5, 0.999)
-        )
+        rate, betas = args.discriminator_learning_rate, (0.5, 0.999)
+        self.discriminator_optimizer = adam(self.discriminator, rate, betas=betas)
 
     def phase(self, step: int):
         """The update to do at this step, each a CUDA graph: first the world model's, then the
@@ -368,8 +352,7 @@ class GANWorldModel(nn.Module):
         )
         metrics = self.update_discriminator(real, fake.detach(), far)
 
-        # Adversary: the samples should pass for transitions. ε is outside: the gradient reaches μ
-        # and σ.
+        # Adversary: the samples should pass for transitions. Its gradient reaches both μ and σ.
         self.discriminator.requires_grad_(False)
         adversarial = F.softplus(-self.discriminator(fake)).mean()
         self.discriminator.requires_grad_(True)
@@ -398,11 +381,8 @@ class GANWorldModel(nn.Module):
         return {"losses/discriminator": loss} | self.accuracy(logit, logit_fake, logit_far)
 
     def accuracy(self, real, fake, far):
-        return {
-            "discriminator/real": (real > 0).float().mean(),
-            "discriminator/fake": (fake < 0).float().mean(),
-            "discriminator/far": (far < 0).float().mean(),
-        }
+        right = {"real": real > 0, "fake": fake < 0, "far": far < 0}
+        return {f"discriminator/{kind}": x.float().mean() for kind, x in right.items()}
 
     # Imagination.
 
@@ -518,17 +498,15 @@ class GANWorldModel(nn.Module):
     def validate(self, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """World model, discriminator, penalty and Q on held-out transitions."""
         data = {key: column[data["recorded"]] for key, column in data.items()}
-        s, s_next = map(
-            self.policy.scaling.state, (data["observations"], data["next_observations"])
-        )
+        state = self.policy.scaling.state
+        s, s_next = state(data["observations"]), state(data["next_observations"])
         a, a_far = data["actions"], 2 * torch.rand_like(data["actions"]) - 1
         x = self.model.standardise(s, data["rewards"], s_next)
         mu, sigma = self.model(s, a)
-        judged = ((s, a, x), (s, a, self.draw(mu, sigma)[0]))
-        judged += ((s, a_far, self.draw(*self.model(s, a_far))[0]),)
-        logits = (self.discriminator(torch.cat(parts, dim=-1)) for parts in judged)
-        accuracy = self.accuracy(*logits)
-        found = {key.replace("/", "_"): value for key, value in accuracy.items()}
+        judged = [(s, a, x), (s, a, self.draw(mu, sigma)[0])]
+        judged += [(s, a_far, self.draw(*self.model(s, a_far))[0])]
+        right = self.accuracy(*(self.discriminator(torch.cat(parts, dim=-1)) for parts in judged))
+        found = {key.replace("/", "_"): share for key, share in right.items()}
         found |= {"nll": self.nll(x, mu, sigma) / len(mu), "mse": F.mse_loss(mu.mean(0), x)}
         found |= {"u": self.imagine(s, a)[2].mean(), "u_far": self.imagine(s, a_far)[2].mean()}
         return found | {"q": self.critic(s, self.policy(s)[0]).mean()}

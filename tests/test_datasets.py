@@ -396,7 +396,7 @@ def empty(arrays):
         (change("actions", 11, np.nan), "'actions' is NaN or infinite.*row 11"),
         (change("rewards", [12, 40], -np.inf), "'rewards' is NaN or infinite.*row 12"),
         (change("timeouts", 3, np.nan), "'timeouts' is NaN or infinite.*row 3"),
-        (change("actions", [13, 50], 2.1), r"leaves \[-2.*2.*\].*row 13"),
+        (change("actions", [13, 50], 2.1), r"leaves its bounds, \[-2.*2.*\].*row 13"),
         (change("actions", 14, -2.1), r"leaves.*row 14"),
         (cut("rewards"), "'rewards'.*1597"),
         (cut("observations"), "'observations'.*1597|4791"),

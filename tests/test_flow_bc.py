@@ -164,7 +164,7 @@ def test_each_layers_log_determinant_is_its_jacobians():
 
 
 def test_the_mixing_is_a_product_of_triangles():
-    """L U P x with P the reversal, L's diagonal of ones; weights beyond the triangles are unused."""
+    """L U P x: P the reversal, L with a diagonal of ones, U with that of exp(log_diagonal)."""
     layer = wild(4, "spline").layers[1]
     lower = layer.lower.tril(-1) + torch.eye(4)
     upper = layer.upper.triu(1) + layer.log_diagonal.exp().diag()

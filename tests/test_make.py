@@ -714,7 +714,7 @@ def put(cache: Path, arrays: dict, name: str = FILE) -> None:
         (lambda x: x | {"rewards": x["rewards"] * np.nan}, "'rewards' is NaN"),
         (lambda x: x | {"actions": np.full((len(x["actions"]), 3), "up", "S2")}, "'actions' is of"),
         (lambda x: {key: rows[:0] for key, rows in x.items()}, "'observations' has the shape"),
-        (lambda x: without(x, "rewards") | {"rewards/x": x["rewards"]}, "'rewards' has the shape"),
+        (lambda x: without(x, "rewards") | {"rewards/x": x["rewards"]}, "'rewards' is of type"),
     ],
 )
 def test_a_wrong_file_put_by_hand_is_refused(spoil, said, fetch, maker, cache, replay):

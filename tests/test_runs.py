@@ -106,7 +106,7 @@ def test_files_of_a_run(train, module, pendulum_file, elsewhere, capsys):
     assert config["task"]["env_id"] == "Pendulum-v1"
     assert config["args"].keys() == module.Args.__dataclass_fields__.keys()
     assert config["torch"] == torch.__version__ and config["numpy"] == np.__version__
-    assert config.keys() >= {"python", "machine", "gpu", "gymnasium", "minari"}
+    assert config.keys() >= {"python", "cpu", "gpu", "threads", "gymnasium", "minari"}
 
     text = open("run/eval.csv").read()
     assert text.startswith("step,seconds,return_mean,return_std,length_mean,score")

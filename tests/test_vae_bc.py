@@ -242,7 +242,7 @@ def test_the_latent_says_which_mode(sigma, prior):
 
 def test_the_error_of_decoded_actions_falls():
     """With the encoder's z, to less than a tenth of regression's 0.64."""
-    cloner, metrics = trained()
+    _, metrics = trained()
     assert metrics["losses/mse"] < 0.06
 
 
