@@ -212,7 +212,7 @@ class Policy(nn.Module):
         check(args.hidden_dim % args.heads == 0, "--heads must divide --hidden-dim.")
         check(0 <= args.dropout < 1, "--dropout is a share, 0 to below 1.")
         first, *others = args.target_returns or task["target_returns"]
-        self.targets = {"": first} | {f"_target_{x:g}": x for x in others}  # by columns' suffix
+        self.targets = {"": first} | {f"_target_{x:g}": x for x in others}
         self.context, self.forget = args.context, args.forget or (args.context + 1) // 2
         self.scaling, (state_dim, action_dim), dim = Scaling(task), task["sizes"], args.hidden_dim
         self.register_buffer("return_scale", torch.ones(()))
@@ -287,6 +287,10 @@ class Policy(nn.Module):
         steps[:, -1:, -self.sizes[-1] :] = a
         return self.scaling.action(a, observations), [steps, *past]
 
+    def actors(self) -> dict:
+        """What to evaluate, by suffix of its columns; the first one is the result."""
+        return {suffix: functools.partial(self.act, target=x) for suffix, x in self.targets.items()}
+
 
 # ----------------------------------------------------------------------------------- Algorithm
 
@@ -328,8 +332,7 @@ class DecisionTransformer(nn.Module):
     def update(self) -> dict[str, torch.Tensor]:
         """One gradient step. Returns tensors, never synchronises."""
         # A start drawn among all rows: an episode's chance is proportional to its length.
-        n, device = len(self.data[0]), self.data[0].device
-        i = torch.randint(n, (self.args.batch_size,), device=device)
+        i = torch.randint(len(self.data[0]), (self.args.batch_size,), device=self.data[0].device)
         self.policy.train()  # with dropout
         loss = self.loss(*self.windows(self.data, i))
         self.policy.eval()
@@ -701,20 +704,17 @@ def train(args: Args) -> list[dict[str, float]]:
                     row |= evaluate(learner.policy, task, args.eval_episodes, seed, video)
                 losses = learner.validate(validation) if len(held_out) else {}
             learner.train()
-            history.append(row | {f"validation/{k}": float(x) for k, x in losses.items()})
-            columns = dict.fromkeys(key for row in history for key in row)
-            lines = [columns, *([str(row.get(key, "")) for key in columns] for row in history)]
+            row |= {f"validation/{key}": float(value) for key, value in losses.items()}
+            history.append(row)
+            columns = dict.fromkeys(key for x in history for key in x)
+            lines = [columns, *([str(x.get(key, "")) for key in columns] for x in history)]
             (folder / "eval.csv").write_text("".join(",".join(line) + "\n" for line in lines))
-            for key, value in list(history[-1].items())[2:]:
-                writer.add_scalar(key if "/" in key else f"eval/{key}", value, step)
-            best = max(row.get("return_mean", math.nan) for row in history)
-            keys = [
-                k
-                for k in history[-1]
-                if task["env"] == "none" or k.startswith(("return_mean", "score"))
-            ]
-            shown = "".join(f"  {k.replace('_mean', '')} {history[-1][k]:.4g}" for k in keys)
-            bar.write(f"step {step:>9,}{shown}  best {best:.4g}  left {left}")
+            for key in list(row)[2:]:
+                writer.add_scalar(key if "/" in key else f"eval/{key}", row[key], step)
+            shown = [k for k in row if k[:5] in ("retur", "score") and "_std" not in k]
+            shown = [f"  {k} {row[k]:.4g}" for k in shown or list(row)[2:]]
+            best = max(x.get("return_mean", math.nan) for x in history)
+            bar.write(f"step {step:>9,}{''.join(shown)}  best {best:.4g}  left {left}")
             if last:
                 save()
         if stop and not last:

@@ -210,7 +210,7 @@ class Policy(nn.Module):
         for t in reversed(range(self.steps)):
             x = self.posterior(x, t, noise_net(x, t, s))
             x = x + self.std[t] * draw(x)
-        return x.clamp(-1, 1)
+        return x  # the last step's x̂, which is clipped
 
     @torch.no_grad()
     def act(self, observations, deterministic: bool = False):

@@ -577,20 +577,17 @@ def train(args: Args) -> list[dict[str, float]]:
                     row |= evaluate(learner.policy, task, args.eval_episodes, seed, video)
                 losses = learner.validate(validation) if len(held_out) else {}
             learner.train()
-            history.append(row | {f"validation/{k}": float(x) for k, x in losses.items()})
-            columns = dict.fromkeys(key for row in history for key in row)
-            lines = [columns, *([str(row.get(key, "")) for key in columns] for row in history)]
+            row |= {f"validation/{key}": float(value) for key, value in losses.items()}
+            history.append(row)
+            columns = dict.fromkeys(key for x in history for key in x)
+            lines = [columns, *([str(x.get(key, "")) for key in columns] for x in history)]
             (folder / "eval.csv").write_text("".join(",".join(line) + "\n" for line in lines))
-            for key, value in list(history[-1].items())[2:]:
-                writer.add_scalar(key if "/" in key else f"eval/{key}", value, step)
-            best = max(row.get("return_mean", math.nan) for row in history)
-            keys = [
-                k
-                for k in history[-1]
-                if task["env"] == "none" or k.startswith(("return_mean", "score"))
-            ]
-            shown = "".join(f"  {k.replace('_mean', '')} {history[-1][k]:.4g}" for k in keys)
-            bar.write(f"step {step:>9,}{shown}  best {best:.4g}  left {left}")
+            for key in list(row)[2:]:
+                writer.add_scalar(key if "/" in key else f"eval/{key}", row[key], step)
+            shown = [k for k in row if k[:5] in ("retur", "score") and "_std" not in k]
+            shown = [f"  {k} {row[k]:.4g}" for k in shown or list(row)[2:]]
+            best = max(x.get("return_mean", math.nan) for x in history)
+            bar.write(f"step {step:>9,}{''.join(shown)}  best {best:.4g}  left {left}")
             if last:
                 save()
         if stop and not last:

@@ -23,10 +23,9 @@ import gymnasium
 import numpy as np
 import torch
 import tyro
+from run import FOLDER, load, task_name
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parent / "algorithms"))
-import bc  # noqa: E402  its data set block reads what all files read
+bc = load("bc")  # its data set block reads what all files read
 
 WARM_UP = 20  # steps that --speed does not count
 
@@ -35,36 +34,36 @@ WARM_UP = 20  # steps that --speed does not count
 class Args:
     """One run of a CORL file on our data."""
 
-    file: Path
-    """CORL/algorithms/offline/any_percent_bc.py, td3_bc.py, iql.py, cql.py or dt.py"""
-    dataset: str = "hopper-medium-replay"
-    """a data set as in algorithms/"""
-    seed: int = 0
-    """CORL's seed"""
-    steps: int = 100_000
-    """gradient steps"""
-    eval_every: int = 5000
-    """gradient steps between evaluations"""
-    override: tuple[str, ...] = ()
-    """other fields of its TrainConfig: batch_size=64 target_returns=3600,1800"""
-    device: str = "cpu"
-    """cpu or cuda"""
-    threads: int = 1
-    """threads of PyTorch"""
-    matmul_precision: str = "high"
-    """as in algorithms/"""
-    speed: bool = False
-    """time the steps without a single evaluation, write nothing"""
-    run_dir: str = ""
-    """where eval.csv goes; empty: runs/corl_<file>/<data set>/seed<k>"""
+    file: Path  # CORL/algorithms/offline/any_percent_bc.py, td3_bc.py, iql.py, cql.py or dt.py
+    dataset: str = "hopper-medium-replay"  # a data set as in algorithms/
+    seed: int = 0  # CORL's seed
+    steps: int = 100_000  # gradient steps
+    eval_every: int = 5000  # gradient steps between evaluations
+    override: tuple[str, ...] = ()  # fields of its TrainConfig: batch_size=64 target_returns=36,18
+    device: str = "cpu"  # cpu or cuda
+    threads: int = 1  # threads of PyTorch
+    matmul_precision: str = "high"  # as in algorithms/
+    speed: bool = False  # time the steps without a single evaluation, write nothing
+    run_dir: str = ""  # where eval.csv goes; empty: runs/corl_<file>/<data set>/seed<k>
+
+
+def references(task: dict) -> tuple[float, float]:
+    """Returns that score 0 and 100: the data set's, or D4RL's of the environment."""
+    return task["scores"] or bc.SCORES[task["env_id"].rsplit("-v", 1)[0]]
+
+
+def unscaled(action: np.ndarray, task: dict) -> np.ndarray:
+    """An action of [-1, 1] in the environment's bounds."""
+    low, high = np.float32(task["bounds"])
+    return low + (np.clip(action, -1, 1) + 1) / 2 * (high - low)
 
 
 class OldEnv(gymnasium.Wrapper):
     """A Gymnasium environment with the methods of gym 0.21 and of d4rl."""
 
-    def __init__(self, data: bc.Dataset):
-        super().__init__(bc.make_env(data.env_id))
-        self.data, self.first_seed = data, None
+    def __init__(self, data: dict[str, np.ndarray], task: dict):
+        super().__init__(bc.make_env(task))
+        self.data, self.task, self.first_seed = data, task, None
 
     def seed(self, seed):
         self.first_seed = seed
@@ -75,25 +74,25 @@ class OldEnv(gymnasium.Wrapper):
         return observation
 
     def step(self, action):  # CORL's policies act in [-1, 1]
-        low, high = self.data.action_low, self.data.action_high
         observation, reward, terminated, truncated, info = self.env.step(
-            low + (np.clip(action, -1, 1) + 1) / 2 * (high - low)
+            unscaled(action, self.task)
         )
         return observation, reward, terminated or truncated, info
 
     def get_normalized_score(self, returns):
-        low, high = self.data.references
+        low, high = references(self.task)
         return (returns - low) / (high - low)
 
     def get_dataset(self):
-        data = self.data
+        data, terminals = self.data, self.data["terminals"][:, 0] > 0
+        ends = np.diff(data["episodes"], append=-1) != 0
         return {
-            "observations": data.observations,
-            "next_observations": data.next_observations,
-            "actions": data.actions,
-            "rewards": data.rewards[:, 0],
-            "terminals": data.terminals[:, 0] > 0,
-            "timeouts": data.ends & (data.terminals[:, 0] == 0),
+            "observations": data["observations"],
+            "next_observations": data["next_observations"],
+            "actions": data["actions"],
+            "rewards": data["rewards"][:, 0],
+            "terminals": terminals,
+            "timeouts": ends & ~terminals,
         }
 
 
@@ -126,8 +125,8 @@ class Transform(OldEnv):
 class Log:
     """wandb: counts the steps, keeps the evaluations."""
 
-    def __init__(self, args: Args, references: tuple[float, float], path: Path | None):
-        self.args, self.references, self.path = args, references, path
+    def __init__(self, args: Args, bounds: tuple[float, float], path: Path | None):
+        self.args, self.references, self.path = args, bounds, path
         self.began, self.rows, self.steps = time.time(), [], 0
         self.run = types.SimpleNamespace(save=lambda: None)
 
@@ -156,12 +155,12 @@ class Log:
             table.writerows(self.rows)
 
 
-def stand_ins(data: bc.Dataset, log: Log) -> dict[str, types.ModuleType]:
+def stand_ins(data: dict, task: dict, log: Log) -> dict[str, types.ModuleType]:
     """The modules that CORL imports and that are not needed to train."""
     names = ("d4rl", "gym", "wandb", "pyrallis")
     d4rl, gym, wandb, pyrallis = modules = [types.ModuleType(name) for name in names]
     d4rl.qlearning_dataset = lambda env: env.get_dataset()
-    gym.Env, gym.make = object, lambda _: OldEnv(data)
+    gym.Env, gym.make = object, lambda _: OldEnv(data, task)
     gym.wrappers = types.SimpleNamespace(
         TransformObservation=Transform,
         TransformReward=lambda env, function: Transform(env, function, rewards=True),
@@ -177,15 +176,17 @@ def main(args: Args) -> float:
         raise SystemExit(f"--file {args.file}: not there; fetch github.com/tinkoff-ai/CORL first.")
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
-    data = bc.load_dataset(args.dataset)
+    data, task = bc.load_dataset(args.dataset)
     name = "bc" if args.file.stem == "any_percent_bc" else args.file.stem
-    run_dir = Path(args.run_dir or FOLDER / f"runs/corl_{name}/{data.name}/seed{args.seed}")
+    run_dir = Path(
+        args.run_dir or FOLDER / f"runs/corl_{name}/{task_name(args.dataset)}/seed{args.seed}"
+    )
     if not args.speed:
         if (run_dir / "eval.csv").exists():
             raise SystemExit(f"{run_dir} holds a run: --run-dir goes elsewhere.")
         run_dir.mkdir(parents=True, exist_ok=True)
-    log = Log(args, data.references, None if args.speed else run_dir / "eval.csv")
-    sys.modules |= stand_ins(data, log)
+    log = Log(args, references(task), None if args.speed else run_dir / "eval.csv")
+    sys.modules |= stand_ins(data, task, log)
     spec = importlib.util.spec_from_file_location(f"corl_{name}", args.file)
     sys.modules[spec.name] = corl = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(corl)

@@ -12,7 +12,6 @@ report.py; with --speed it only counts steps per second.
 
 import csv
 import importlib.util
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from corl import bc, references, unscaled
+from run import FOLDER, task_name
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parent / "algorithms"))
-import bc  # noqa: E402  its data set block reads what all files read
-
+COLUMNS = "observations actions rewards next_observations terminals".split()
 WARM_UP = 20  # steps that --speed does not count
 
 
@@ -32,58 +30,44 @@ WARM_UP = 20  # steps that --speed does not count
 class Args:
     """One run of the official A2PO on our data."""
 
-    folder: Path
-    """a checkout of github.com/Plankson/A2PO"""
-    dataset: str = "hopper-medium-replay"
-    """a data set as in algorithms/"""
-    seed: int = 0
-    """seed of the networks, the batches and the evaluation"""
-    steps: int = 100_000
-    """gradient steps"""
-    vae_steps: int = 200_000
-    """steps in which its CVAE learns; a shorter run never freezes it"""
-    eval_every: int = 5000
-    """gradient steps between evaluations"""
-    eval_episodes: int = 10
-    """episodes per evaluation"""
-    device: str = "cpu"
-    """cpu or cuda"""
-    threads: int = 1
-    """threads of PyTorch"""
-    matmul_precision: str = "high"
-    """as in algorithms/"""
-    speed: bool = False
-    """time the steps without a single evaluation, write nothing"""
-    run_dir: str = ""
-    """where eval.csv goes; empty: runs/official_a2po/<data set>/seed<k>"""
+    folder: Path  # a checkout of github.com/Plankson/A2PO
+    dataset: str = "hopper-medium-replay"  # a data set as in algorithms/
+    seed: int = 0  # seed of the networks, the batches and the evaluation
+    steps: int = 100_000  # gradient steps
+    vae_steps: int = 200_000  # steps in which its CVAE learns; a shorter run never freezes it
+    eval_every: int = 5000  # gradient steps between evaluations
+    eval_episodes: int = 10  # episodes per evaluation
+    device: str = "cpu"  # cpu or cuda
+    threads: int = 1  # threads of PyTorch
+    matmul_precision: str = "high"  # as in algorithms/
+    speed: bool = False  # time the steps without a single evaluation, write nothing
+    run_dir: str = ""  # where eval.csv goes; empty: runs/official_a2po/<data set>/seed<k>
 
 
 class Buffer:
     """The data set as its replay buffer gives it out: states normalised, rewards times 100."""
 
-    def __init__(self, data: bc.Dataset):
-        self.mean = data.observations.mean(0, keepdims=True)
-        self.std = data.observations.std(0, keepdims=True) + 1e-3
-        s, s_next = data.observations, data.next_observations
+    def __init__(self, data: dict[str, np.ndarray]):
+        s, a, r, s_next, d = (data[key] for key in COLUMNS)
+        self.mean, self.std = s.mean(0, keepdims=True), s.std(0, keepdims=True) + 1e-3
         s, s_next = ((x - self.mean) / self.std for x in (s, s_next))
-        self.columns = s, data.actions, s_next, 100 * data.rewards, 1 - data.terminals
+        self.columns = s, a, s_next, 100 * r, 1 - d
 
     def sample(self, batch_size):
         rows = np.random.randint(0, len(self.columns[0]), batch_size)  # noqa: NPY002
         return [torch.as_tensor(column[rows], dtype=torch.float32) for column in self.columns]
 
 
-def evaluate(policy, buffer: Buffer, data: bc.Dataset, args: Args) -> np.ndarray:
+def evaluate(policy, buffer: Buffer, task: dict, args: Args) -> np.ndarray:
     """Returns of some episodes, one after another as its main.py plays them."""
-    env, returns = bc.make_env(data.env_id), np.zeros(args.eval_episodes)
+    env, returns = bc.make_env(task), np.zeros(args.eval_episodes)
     for i in range(args.eval_episodes):
         s, _ = env.reset(seed=args.seed + 100 if i == 0 else None)
         done = False
         while not done:
             with torch.no_grad():
                 a = policy.select_action((s[None] - buffer.mean) / buffer.std)
-            low, high = data.action_low, data.action_high
-            s, r, terminated, truncated, _ = env.step(low + (a + 1) / 2 * (high - low))
+            s, r, terminated, truncated, _ = env.step(unscaled(a, task))
             returns[i] += r
             done = terminated or truncated
     env.close()
@@ -97,8 +81,10 @@ def main(args: Args) -> float:
         raise SystemExit(f"--folder {args.folder}: no a2po.py; get github.com/Plankson/A2PO first.")
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
-    data = bc.load_dataset(args.dataset)
-    run_dir = Path(args.run_dir or FOLDER / f"runs/official_a2po/{data.name}/seed{args.seed}")
+    data, task = bc.load_dataset(args.dataset)
+    run_dir = Path(
+        args.run_dir or FOLDER / f"runs/official_a2po/{task_name(args.dataset)}/seed{args.seed}"
+    )
     if not args.speed:
         if (run_dir / "eval.csv").exists():
             raise SystemExit(f"{run_dir} holds a run: --run-dir goes elsewhere.")
@@ -111,11 +97,11 @@ def main(args: Args) -> float:
     np.random.seed(args.seed)  # noqa: NPY002  its CVAE draws from this one
     buffer = Buffer(data)
     policy = official.OffRL(
-        state_dim=data.observations.shape[1],
-        action_dim=data.actions.shape[1],
+        state_dim=task["sizes"][0],
+        action_dim=task["sizes"][1],
         max_action=1.0,
-        min_v=100 * float(data.rewards.min()) / (1 - 0.99),
-        max_v=100 * float(data.rewards.max()) / (1 - 0.99),
+        min_v=100 * float(data["rewards"].min()) / (1 - 0.99),
+        max_v=100 * float(data["rewards"].max()) / (1 - 0.99),
         device=torch.device(args.device),
         alpha=1.0,  # main.py's default
         vae_step=args.vae_steps,
@@ -123,12 +109,12 @@ def main(args: Args) -> float:
     policy.log_freq = 10 * args.steps  # its log is not read here
     began, rows = time.time(), []
     for step in range(1, args.steps + 1):
-        policy.policy_train(buffer, None, "A2PO", data.env_id)
+        policy.policy_train(buffer, None, "A2PO", task["env_id"])
         if args.speed:
             began = time.time() if step == WARM_UP else began
         elif step % args.eval_every == 0 or step == args.steps:
-            low, high = data.references
-            returns = evaluate(policy, buffer, data, args)
+            low, high = references(task)
+            returns = evaluate(policy, buffer, task, args)
             row = {"step": step, "seconds": round(time.time() - began, 1)}
             row |= {"return_mean": returns.mean(), "return_std": returns.std()}
             row["score"] = 100 * (returns.mean() - low) / (high - low)

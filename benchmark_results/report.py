@@ -1,133 +1,244 @@
-"""Rebuilds every table and plot from the raw evaluations of the runs.
+"""Rebuilds tables and plots from the raw evaluations of runs: of ours, or of any folder.
 
     pip install -r benchmark_results/requirements.txt
     python benchmark_results/report.py
+    python benchmark_results/report.py --runs runs/grid --out runs/grid/report
 
-reads benchmark_results/runs/<algorithm>/<data set>/seed<k>/eval.csv, the runs of fewer steps in
-benchmark_results/short (the same folders) and the calibration of the learning-curve tests, and
-writes results.md, curves.png and the tables of README.md and of docs/results.md. `final` is the
-mean of a run's last five evaluations, `best` its best single one (a choice that offline data alone
-would not allow, so it stands apart). Over seeds: mean and 95 % bootstrap interval.
+Without flags it reads benchmark_results/runs/<algorithm>/<data set>/seed<k>/eval.csv, the runs of
+fewer steps in benchmark_results/short and those of equal time in benchmark_results/minutes (the
+same folders), and the calibration of the learning-curve tests, and writes results.md, results.csv,
+the plots beside them and the tables of README.md and of docs/results.md. With --runs it reads the
+same layout there, whoever made the runs, and writes results.md, tables (.csv) and plots to --out,
+nothing anywhere else.
+
+`final` is the mean of a run's last five evaluations, `best` its best single one (a choice that
+offline data alone would not allow, so it stands apart). Over seeds: mean and 95 % bootstrap
+interval. A table or a curve holds runs of one number of steps, or of one amount of CPU time.
 """
 
 import csv
+import json
 import math
+import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import tyro
 from rliable import library as rliable
 from rliable import metrics
 from scipy.stats import bootstrap
 
+matplotlib.use("Agg")
 ONLINE = ("sac", "sac_offline")  # behind the data sets; not compared with the rest
 FOLDER = Path(__file__).resolve().parent
 CALIBRATION = FOLDER.parent / "tests" / "calibration"
 FILES = sorted(path.stem for path in (FOLDER.parent / "algorithms").glob("*.py"))
+HEAD = """# Results
+
+`final`: mean of the last five evaluations; `best`: the best single one, which nobody can choose
+without the environment. Over seeds: mean and 95 % bootstrap interval.
+
+"""
+TIME = (
+    "Every run stopped after {:g} minutes of its own CPU time: user and system time of its process"
+    " and its children, reading the data and evaluations included. A run that had all its `steps`"
+    " earlier ended there.\n"
+)
+
+
+@dataclass
+class Args:
+    """Makes tables and plots of runs; without flags those of this repository."""
+
+    runs: Path | None = None  # a folder with <algorithm>/<data set>/seed<k>/eval.csv; empty: ours
+    out: Path | None = None  # where its tables and plots go; empty: report in that folder
+    against: str = "a2po"  # whom the others are compared with, if it is there; else the best
 
 
 @dataclass
 class Run:
-    """One eval.csv."""
+    """One eval.csv, and what its config.json says."""
 
     algorithm: str
     dataset: str
     seed: str
     steps: np.ndarray  # (E,) gradient steps at each evaluation
-    scores: np.ndarray  # (E,) normalised
+    scores: np.ndarray  # (E,) normalised; NaN without references
     minutes: float
+    returns: np.ndarray | None = None  # (E,)
+    cpu: np.ndarray | None = None  # (E,) CPU minutes at each evaluation
+    budget: float = 0.0  # CPU minutes that it was given; 0: it was given steps
+    reached: int = 0  # gradient steps, in that time
+    used: float = math.nan  # CPU minutes
 
     @property
     def final(self) -> float:
         return float(self.scores[-5:].mean())
 
+    @property
+    def scored(self) -> bool:
+        return bool(np.isfinite(self.scores).all())
 
-def read_runs(folder: str = "runs") -> list[Run]:
+    @property
+    def size(self) -> float:
+        """What it has in common with the runs of its tables: steps, or CPU minutes."""
+        return self.budget or int(self.steps[-1])
+
+
+def number(text: str | None) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return math.nan
+
+
+def read_run(path: Path) -> Run | str:
+    """A run, or why it is none."""
+    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    about, cpu = (read_json(path.parent / name) for name in ("config.json", "cpu.json"))
+    if not rows:
+        return "no evaluation"
+    columns = ("step", "score", "return_mean", "seconds")
+    steps, scores, returns, seconds = (np.array([number(r.get(k)) for r in rows]) for k in columns)
+    if not np.isfinite(steps).all():
+        return "no column of steps"
+    budget, asked = about.get("cpu_minutes", 0), about.get("args", {}).get("steps", 0)
+    if not budget and (cpu.get("minutes") or steps[-1] < asked):
+        return f"not finished, at step {steps[-1]:,.0f}"
+    run = Run(*path.parts[-4:-1], steps, scores, seconds[-1] / 60, returns, budget=budget)
+    at = about.get("cpu_seconds_at_evaluations", [])
+    run.cpu = np.array(at) / 60 if len(at) == len(steps) and None not in at else None
+    run.reached = int(about.get("steps_reached", steps[-1]))
+    run.used = about.get("cpu_seconds", math.nan) / 60
+    return run
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def read_runs(folder: Path | str = "runs", left_out: list[str] | None = None) -> list[Run]:
+    """Runs of a folder, or of one beside this file; what is not one of them is named."""
     runs = []
-    for path in sorted(FOLDER.glob(f"{folder}/*/*/seed*/eval.csv")):
-        with open(path) as file:
-            rows = list(csv.DictReader(file))
-        steps, scores = (np.array([float(row[k]) for row in rows]) for k in ("step", "score"))
-        algorithm, dataset, seed = path.parts[-4:-1]
-        minutes = float(rows[-1]["seconds"]) / 60
-        runs.append(Run(algorithm, dataset, seed, steps, scores, minutes))
+    for path in sorted((FOLDER / folder).glob("*/*/seed*")):
+        run = read_run(path / "eval.csv")
+        if isinstance(run, Run):
+            runs.append(run)
+        elif left_out is not None:
+            left_out.append(f"{'/'.join(path.parts[-3:])}: {run}")
     return runs
+
+
+# -------------------------------------------------------------------------------------- Tables
 
 
 def bounds(values: list[float]) -> tuple[float, float] | None:
     """95 % bootstrap interval of a mean over seeds; none below three seeds."""
-    if len(values) < 3 or np.ptp(values) == 0:
+    if len(values) < 3 or np.ptp(values) == 0 or not np.isfinite(values).all():
         return None
     options = dict(n_resamples=10_000, method="percentile", rng=np.random.default_rng(0))
     return tuple(bootstrap((np.array(values),), np.mean, **options).confidence_interval)
 
 
 def interval(values: list[float]) -> str:
-    """Mean and, from three seeds on, its 95 % bootstrap interval."""
+    """Mean and, from three seeds on, its 95 % bootstrap interval; nothing where one is missing."""
+    if not np.isfinite(values).all():
+        return ""
     ends = bounds(values)
     return f"{np.mean(values):.1f}" + (f" [{ends[0]:.1f}, {ends[1]:.1f}]" if ends else "")
 
 
-def grouped(runs: list[Run]) -> list[tuple[tuple[str, str, int], list[Run]]]:
-    """Seeds of a cell together: ((data set, algorithm, steps), runs)."""
+def grouped(runs: list[Run]) -> list[tuple[tuple[str, str, float], list[Run]]]:
+    """Seeds of a cell together: ((data set, algorithm, steps or CPU minutes), runs)."""
     groups = defaultdict(list)
     for run in runs:
-        groups[run.dataset, run.algorithm, int(run.steps[-1])].append(run)
+        groups[run.dataset, run.algorithm, run.size].append(run)
     return sorted(groups.items())
 
 
-def table(runs: list[Run]) -> str:
-    lines = [
-        "| data set | algorithm | steps | seeds | final | best | minutes a run |",
-        "|---|---|--:|--:|--:|--:|--:|",
-    ]
-    for (dataset, algorithm, steps), group in grouped(runs):
-        final = interval([run.final for run in group])
-        best = interval([run.scores.max() for run in group])
-        minutes = np.mean([run.minutes for run in group])
-        lines.append(
-            f"| {dataset} | {algorithm} | {steps:,} | {len(group)} | {final} | {best} |"
-            f" {minutes:.0f} |"
-        )
+def sizes(runs: list[Run]) -> list[tuple[float, list[Run]]]:
+    """Runs of equal steps, or of equal time, together; the longest first."""
+    groups = defaultdict(list)
+    for run in runs:
+        groups[run.size].append(run)
+    return sorted(groups.items(), reverse=True)
+
+
+def markdown(head: list[str], left: int, rows: list[list[str]]) -> str:
+    """A table whose first columns are aligned to the left."""
+    align = "|---" * left + "|--:" * (len(head) - left) + "|"
+    lines = [f"| {' | '.join(head)} |", align, *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join(lines) + "\n"
+
+
+def table(runs: list[Run]) -> str:
+    """Runs of equal steps, or of equal time: a row for the seeds of an algorithm on a data set."""
+    timed = bool(runs[0].budget)
+    size = f"{runs[0].budget:g} CPU minutes" if timed else f"{runs[0].size:,} steps"
+    head = [size, "algorithm", "seeds", "final", "best"]
+    with_returns = not all(run.scored for run in runs)
+    head += ["final return"] * with_returns
+    head += ["steps", "CPU minutes"] if timed else ["minutes a run"]
+    rows = []
+    for (dataset, algorithm, _), group in grouped(runs):
+        row = [dataset, algorithm, str(len(group)), interval([run.final for run in group])]
+        row.append(interval([run.scores.max() for run in group]))
+        if with_returns:
+            row.append(interval([run.returns[-5:].mean() for run in group]))
+        if timed:
+            row.append(f"{np.mean([run.reached for run in group]):,.0f}")
+            row.append(f"{np.mean([run.used for run in group]):.1f}")
+        else:
+            row.append(f"{np.mean([run.minutes for run in group]):.0f}")
+        rows.append(row)
+    return markdown(head, 2, rows)
+
+
+def tables(runs: list[Run]) -> str:
+    """A table for each number of steps, the longest runs first."""
+    return "\n".join(table(group) for _, group in sizes(runs))
 
 
 def side_by_side(runs: list[Run]) -> str:
     """A row per data set, a column per file of ours: `final` of the runs with the same steps."""
-    cells = {(dataset, name, steps): group for (dataset, name, steps), group in grouped(runs)}
+    cells = dict(grouped(runs))
     counts = [steps for _, name, steps in cells if name in FILES]
     steps = max(set(counts), key=counts.count, default=0)  # the common number; others stay out
     names = [name for name in FILES if any(key[1:] == (name, steps) for key in cells)]
-    lines = [f"| {steps:,} steps | {' | '.join(names)} |", f"|---|{'--:|' * len(names)}"]
+    rows = []
     for dataset in sorted({key[0] for key in cells}):
         groups = [cells.get((dataset, name, steps), []) for name in names]
         if any(groups):
             finals = [interval([run.final for run in group]) if group else "" for group in groups]
-            lines.append(f"| {dataset} | {' | '.join(finals)} |")
-    return "\n".join(lines) + "\n"
+            rows.append([dataset, *finals])
+    return markdown([f"{steps:,} steps", *names], 1, rows)
 
 
 def every_file(runs: list[Run]) -> str:
     """A row per file of ours, a column per data set that three seeds of several files were run on:
-    the last evaluation. Steps are those of a file's shortest run; its other runs are cut there."""
+    the last evaluation. Steps are those of a file's shortest run; its other runs are cut there. A
+    table for each number of steps."""
     seeds = Counter((run.algorithm, run.dataset) for run in runs if run.algorithm in FILES)
     cells = sorted(cell for cell, number in seeds.items() if number >= 3)
     files = Counter(dataset for _, dataset in cells)
     datasets = sorted(dataset for dataset, number in files.items() if number > 1)
-    lines = [f"| file | steps | {' | '.join(datasets)} |", f"|---|--:|{'--:|' * len(datasets)}"]
+    rows = defaultdict(list)
     for name in FILES:
         shown = [dataset for dataset in datasets if (name, dataset) in cells]
         found = [run for run in runs if run.algorithm == name and run.dataset in shown]
         if found:
-            steps = min(run.steps[-1] for run in found)
+            steps = int(min(run.steps[-1] for run in found))
             ends = defaultdict(list)
             for run in found:
                 ends[run.dataset].append(float(run.scores[run.steps <= steps][-1]))
             texts = [interval(ends[dataset]) if ends[dataset] else "" for dataset in datasets]
-            lines.append(f"| {name} | {int(steps):,} | {' | '.join(texts)} |")
-    return "\n".join(lines) + "\n"
+            rows[steps].append([name, *texts])
+    parts = [markdown([f"{steps:,} steps", *datasets], 1, rows[steps]) for steps in sorted(rows)]
+    return "\n".join(parts)
 
 
 def with_long(short: list[Run], long: list[Run]) -> list[Run]:
@@ -140,18 +251,16 @@ def with_long(short: list[Run], long: list[Run]) -> list[Run]:
 
 def against_corl(runs: list[Run]) -> str:
     """Our files and CORL's where both were run for as many steps on the same data."""
-    lines = [
-        "| data set | steps | algorithm | seeds | final | CORL's seeds | CORL's final |",
-        "|---|--:|---|--:|--:|--:|--:|",
-    ]
-    cells = dict(grouped(runs))
+    cells, rows = dict(grouped(runs)), defaultdict(list)
     for (dataset, name, steps), ours in cells.items():
         theirs = cells.get((dataset, f"corl_{name}", steps))
         if theirs:
             finals = [[run.final for run in group] for group in (ours, theirs)]
-            shown = [f"{len(final)} | {spread(final)}" for final in finals]
-            lines.append(f"| {dataset} | {steps:,} | {name} | {' | '.join(shown)} |")
-    return "\n".join(lines) + "\n"
+            shown = [cell for final in finals for cell in (str(len(final)), spread(final))]
+            rows[steps].append([dataset, name, *shown])
+    more = ["algorithm", "seeds", "final", "CORL's seeds", "CORL's final"]
+    steps = sorted(rows, reverse=True)
+    return "\n".join(markdown([f"{size:,} steps", *more], 2, rows[size]) for size in steps)
 
 
 def spread(values: list[float]) -> str:
@@ -160,27 +269,42 @@ def spread(values: list[float]) -> str:
     return f"{np.mean(values):.1f}{ends}"
 
 
-def write_csv(runs: list[Run]) -> None:
-    """One row per cell: results.csv."""
+def write_csv(runs: list[Run], path: Path) -> None:
+    """One row per cell; of other runs than the long ones of ours also what those do not need."""
     columns = "dataset algorithm steps seeds final final_low final_high best minutes".split()
-    with open(FOLDER / "results.csv", "w", newline="") as file:
+    more = [] if path.parent == FOLDER else "return_mean steps_reached cpu_minutes".split()
+    with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(columns)
+        size = "budget_cpu_minutes" if runs[0].budget else "steps"
+        writer.writerow([size if key == "steps" else key for key in columns + more])
         for cell, group in grouped(runs):
             final = [run.final for run in group]
             numbers = [np.mean(final), *(bounds(final) or (math.nan, math.nan))]
-            numbers += [np.mean([run.scores.max() for run in group])]
-            numbers += [np.mean([run.minutes for run in group])]
+            means = [(run.scores.max(), run.minutes) for run in group]
+            if more:
+                others = ((run.returns[-5:].mean(), run.reached, run.used) for run in group)
+                means = [(*mean, *other) for mean, other in zip(means, others)]
+            numbers += list(np.mean(means, axis=0))
             writer.writerow([*cell, len(group), *(f"{x:.2f}" for x in numbers)])
 
 
-def aggregate(runs: list[Run]) -> str:
-    """Interquartile mean over data sets and seeds, and how probable it is that A2PO is better, with
-    95 % stratified bootstrap intervals (Agarwal et al. 2021, arXiv:2108.13264). It compares the
-    algorithms that have as many steps and seeds as A2PO on all of A2PO's data sets."""
+def shown_as(name: str) -> str:
+    return "A2PO" if name == "a2po" else name
+
+
+def aggregate(runs: list[Run], against: str = "a2po") -> str:
+    """Interquartile mean over data sets and seeds, and how probable it is that one of them, A2PO,
+    is better, with 95 % stratified bootstrap intervals (Agarwal et al. 2021, arXiv:2108.13264). It
+    compares the algorithms that have as many steps as that one on all of its data sets, and three
+    seeds."""
     cells = {cell: group for cell, group in grouped(runs) if len(group) >= 3}
-    steps = max((steps for _, algorithm, steps in cells if algorithm == "a2po"), default=0)
-    datasets = sorted({d for d, algorithm, s in cells if (algorithm, s) == ("a2po", steps)})
+    cells = {cell: group for cell, group in cells.items() if all(run.scored for run in group)}
+    if against not in {name for _, name, _ in cells}:  # who is on most data sets, the best of them
+        key = Counter(name for _, name, _ in cells)
+        means = {name: np.mean([r.final for r in runs if r.algorithm == name]) for name in key}
+        against = max(key, key=lambda name: (key[name], means[name]), default=against)
+    steps = max((steps for _, algorithm, steps in cells if algorithm == against), default=0)
+    datasets = sorted({d for d, algorithm, s in cells if (algorithm, s) == (against, steps)})
     scores = {}
     for algorithm in sorted({run.algorithm for run in runs}):
         groups = [cells.get((dataset, algorithm, steps), []) for dataset in datasets]
@@ -188,8 +312,9 @@ def aggregate(runs: list[Run]) -> str:
         if seeds:
             columns = [[run.final for run in group[:seeds]] for group in groups]
             scores[algorithm] = np.array(columns).T  # (seeds, data sets)
+    name = shown_as(against)
     if len(scores) < 2:
-        return "Not yet: A2PO and another algorithm on the same data sets, three seeds each.\n"
+        return "Not yet: two algorithms with three seeds each on the same data sets.\n"
 
     def iqm(x):
         return np.array([metrics.aggregate_iqm(x)])
@@ -197,36 +322,33 @@ def aggregate(runs: list[Run]) -> str:
     np.random.seed(0)  # noqa: NPY002  (rliable draws from the global generator, whatever it gets)
     options = dict(reps=2000)
     means, ends = rliable.get_interval_estimates(scores, iqm, **options)
-    pairs = {name: (scores["a2po"], x) for name, x in scores.items() if name != "a2po"}
+    pairs = {other: (scores[against], x) for other, x in scores.items() if other != against}
     probability = metrics.probability_of_improvement
     better, sure = rliable.get_interval_estimates(pairs, probability, **options)
-    lines = [
-        f"Over {', '.join(datasets)}; {steps:,} steps.",
-        "",
-        "| algorithm | seeds | interquartile mean | probability that A2PO is better |",
-        "|---|--:|--:|--:|",
-    ]
-    for name in sorted(scores, key=lambda name: -means[name][0]):
-        low, high = ends[name][:, 0]
-        cells = [name, len(scores[name]), f"{means[name][0]:.1f} [{low:.1f}, {high:.1f}]", ""]
-        if name in pairs:
-            low, high = sure[name][:, 0]
-            cells[-1] = f"{better[name]:.2f} [{low:.2f}, {high:.2f}]"
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
+    size = f"{steps:g} CPU minutes" if runs[0].budget else f"{steps:,} steps"
+    head = ["algorithm", "seeds", "interquartile mean", f"probability that {name} is better"]
+    rows = []
+    for other in sorted(scores, key=lambda other: -means[other][0]):
+        low, high = ends[other][:, 0]
+        row = [other, str(len(scores[other])), f"{means[other][0]:.1f} [{low:.1f}, {high:.1f}]", ""]
+        if other in pairs:
+            low, high = sure[other][:, 0]
+            row[-1] = f"{better[other]:.2f} [{low:.2f}, {high:.2f}]"
+        rows.append(row)
+    return f"Over {', '.join(datasets)}; {size}.\n\n{markdown(head, 1, rows)}"
 
 
 def calibration_table() -> str:
     """Scores of the learning-curve tests' cases and of their ablations."""
-    lines = ["| case | ablation | seeds | score at the end |", "|---|---|--:|--:|"]
+    rows = []
     for path in sorted(CALIBRATION.glob("*.csv")):
         groups = defaultdict(list)
         with open(path) as file:
             for row in csv.DictReader(file):
                 groups[row["ablation"]].append(float(row["end"]))
         for ablation, ends in groups.items():
-            lines.append(f"| {path.stem} | {ablation} | {len(ends)} | {interval(ends)} |")
-    return "\n".join(lines) + "\n"
+            rows.append([path.stem, ablation, str(len(ends)), interval(ends)])
+    return markdown(["case", "ablation", "seeds", "score at the end"], 2, rows)
 
 
 def insert(path: Path, name: str, text: str) -> None:
@@ -234,6 +356,9 @@ def insert(path: Path, name: str, text: str) -> None:
     begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
     head, rest = path.read_text().split(begin)
     path.write_text(head + begin + text + end + rest.split(end)[1])
+
+
+# --------------------------------------------------------------------------------------- Plots
 
 
 def beside(runs: list[Run]) -> list[Run]:
@@ -247,65 +372,155 @@ def beside(runs: list[Run]) -> list[Run]:
     return [run for run in runs if (run.algorithm, run.dataset) in wanted]
 
 
-def plot(runs: list[Run], path: Path, unit: str) -> None:
+def colours(runs: list[Run]) -> dict[str, str | tuple]:
+    """A colour for each algorithm: a file's is the same in every plot of every report."""
+    own = [*plt.colormaps["tab10"].colors, "navy", "maroon", "black", "gold"]
+    found = {name: own[i % len(own)] for i, name in enumerate(FILES)}
+    others = plt.colormaps["Dark2"].colors + plt.colormaps["tab20b"].colors
+    names = sorted({run.algorithm for run in runs} - set(FILES))
+    return found | {name: others[i % len(others)] for i, name in enumerate(names)}
+
+
+def curve(group: list[Run], timed: bool, scored: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Where the run with the fewest evaluations of a cell was evaluated, as far as all of them
+    came, (E,), and the score, or the return, that each of them had there, (seeds, E)."""
+    axes = [run.cpu if timed else run.steps / 1000 for run in group]
+    shortest = min(axes, key=len)
+    x = shortest[shortest <= min(axis[-1] for axis in axes)]
+    x = x if len(x) else shortest[:1]
+    values = [run.scores if scored else run.returns for run in group]
+    return x, np.array([np.interp(x, axis, y) for axis, y in zip(axes, values)])
+
+
+def plot(runs: list[Run], path: Path, unit: str, palette: dict, timed: bool = False) -> None:
     """A panel per data set, a curve per algorithm: mean over seeds and its 95 % interval."""
     datasets = sorted({run.dataset for run in runs})
-    algorithms = sorted({run.algorithm for run in runs})
-    palette = plt.colormaps["tab20"].colors
-    colors = dict(zip(algorithms, palette[::2] + palette[1::2]))
     columns, rows = min(3, len(datasets)), math.ceil(len(datasets) / 3)
-    size, options = (4.5 * columns, 3.4 * rows + 0.4), dict(sharey=True, layout="constrained")
+    scored = all(run.scored for run in runs)
+    size, options = (4.5 * columns, 3.4 * rows + 0.4), dict(sharey=scored, layout="constrained")
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
     for axis in axes.flat[len(datasets) :]:
         axis.axis("off")
     curves = {}
     for axis, dataset in zip(axes.flat, datasets):
-        for algorithm in algorithms:
-            group = [run for run in runs if (run.algorithm, run.dataset) == (algorithm, dataset)]
-            if not group:
-                continue
-            n = min(len(run.steps) for run in group)
-            scores = np.array([run.scores[:n] for run in group])  # (seeds, evaluations)
-            steps, mean, color = group[0].steps[:n] / 1000, scores.mean(0), colors[algorithm]
-            ends = [bounds(list(column)) or (m, m) for column, m in zip(scores.T, mean)]
-            axis.fill_between(steps, *zip(*ends), color=color, alpha=0.2, lw=0)
-            (curves[algorithm],) = axis.plot(steps, mean, color=color, lw=2)
-        axis.set(title=dataset, xlabel=f"{unit} (thousands)")
+        here = [run for run in runs if run.dataset == dataset]
+        own = all(run.scored for run in here)
+        for algorithm in sorted({run.algorithm for run in here}):
+            group = [run for run in here if run.algorithm == algorithm]
+            x, values = curve(group, timed, own)
+            mean, color = values.mean(0), palette[algorithm]
+            ends = [bounds(list(column)) or (m, m) for column, m in zip(values.T, mean)]
+            axis.fill_between(x, *zip(*ends), color=color, alpha=0.2, lw=0)
+            (curves[algorithm],) = axis.plot(x, mean, color=color, lw=2)
+        axis.set(title=dataset, xlabel=unit)
         axis.grid(alpha=0.3)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("normalised score")
+        if axis in axes[:, 0] or not scored:
+            axis.set_ylabel("normalised score" if own else "return")
     names = sorted(curves)
     lines = [curves[name] for name in names]
     figure.legend(lines, names, loc="outside lower center", ncols=2 * columns, frameon=False)
     figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
-def main() -> None:
+# ------------------------------------------------------------------------------------- Reports
+
+
+def section(runs: list[Run], out: Path, against: str, palette: dict) -> str:
+    """Table, comparison and plots of runs of equal steps, or of equal time."""
+    timed = bool(runs[0].budget)
+    size = f"{runs[0].budget:g} CPU minutes" if timed else f"{runs[0].size:,} steps"
+    stem = size.replace(",", "").replace(" ", "_")
+    write_csv(runs, out / f"{stem}.csv")
+    text = f"## {size}\n\n{TIME.format(runs[0].budget) + chr(10) if timed else ''}{table(runs)}\n"
+    text += f"### Together\n\n{aggregate(runs, against)}\n"
+    drawn = [run for run in runs if run.scored or np.isfinite(run.returns).all()]
+    drawn = [run for run in drawn if run.cpu is not None or not timed]
+    if not drawn:
+        return text
+    unit = "CPU minutes" if timed else "gradient steps (thousands)"
+    plot(drawn, out / f"{stem}.png", unit, palette, timed)
+    text += f"![curves]({stem}.png)\n\n"
+    for dataset in sorted({run.dataset for run in drawn}):
+        name = f"{stem}_{re.sub(r'[^A-Za-z0-9._-]', '-', dataset)}.png"
+        plot([r for r in drawn if r.dataset == dataset], out / name, unit, palette, timed)
+        text += f"- [{dataset}]({name})\n"
+    return text + "\n"
+
+
+def anyones(args: Args) -> str:
+    """The report of a folder of runs."""
+    out, left_out = (args.out or args.runs / "report").resolve(), []
+    if out in (FOLDER, FOLDER / "minutes", FOLDER.parent / "docs"):
+        raise SystemExit(f"--out {args.out}: this repository's own results.md is there.")
+    runs = read_runs(args.runs.resolve(), left_out)
+    if not runs:
+        where = f"{args.runs}: <algorithm>/<data set>/seed<k>/eval.csv"
+        raise SystemExit(f"No runs in {where}. {'; '.join(left_out)}".strip())
+    out.mkdir(parents=True, exist_ok=True)
+    palette, text = colours(runs), HEAD
+    timed, rest = [run for run in runs if run.budget], [run for run in runs if not run.budget]
+    for _, group in sizes(timed) + sizes(rest):
+        text += section(group, out, args.against, palette)
+    if left_out:
+        text += "## Left out\n\n" + "".join(f"- {line}\n" for line in left_out)
+    (out / "results.md").write_text(text)
+    print(f"{len(runs)} runs, {len(left_out)} left out: tables and plots are in {out}")
+    return text
+
+
+def ours() -> str:
+    """The tables and plots of this repository."""
     runs = read_runs()
     if not runs:
         raise SystemExit(f"No runs in {FOLDER / 'runs'}: <algorithm>/<data set>/seed<k>/eval.csv.")
+    timed = [run for run in runs + read_runs("minutes") if run.budget]
+    runs, short = [run for run in runs if not run.budget], read_runs("short")
+    palette = colours(runs + short + timed)
     readme = FOLDER.parent / "README.md"
     offline = [run for run in runs if run.algorithm not in ONLINE]
     online = [run for run in runs if run.algorithm in ONLINE]
-    text = f"# Results\n\n{table(offline)}\n## Together\n\n{aggregate(offline)}\n"
+    text = f"# Results\n\n{tables(offline)}\n## Together\n\n{aggregate(offline)}\n"
     text += "![curves](curves.png)\n\n## Beside other code and other flags\n\n"
-    text += f"![curves](beside.png)\n\n## Behind the data sets\n\n{table(online)}\n"
+    text += f"![curves](beside.png)\n\n## Behind the data sets\n\n{tables(online)}\n"
     (FOLDER / "results.md").write_text(text + "![curves of SAC](sac.png)\n")
-    write_csv(runs)
-    insert(readme, "results", table(offline))
+    write_csv(runs, FOLDER / "results.csv")
+    insert(readme, "results", tables(offline))
     insert(readme, "together", aggregate(offline))
     page = FOLDER.parent / "docs" / "results.md"
     insert(page, "calibration", calibration_table())
-    short = read_runs("short")
     insert(page, "short", side_by_side(short))
     insert(page, "every", every_file(with_long(short, offline)))
     insert(page, "corl", against_corl(runs + short))
-    own = [run for run in offline if run.algorithm in FILES]
-    plot(own, FOLDER / "curves.png", "gradient steps")
-    plot(beside(offline), FOLDER / "beside.png", "gradient steps")
-    plot([run for run in online if run.algorithm == "sac"], FOLDER / "sac.png", "steps")
-    print(text)
+    own, thousands = [run for run in offline if run.algorithm in FILES], "steps (thousands)"
+    plot(own, FOLDER / "curves.png", f"gradient {thousands}", palette)
+    plot(beside(offline), FOLDER / "beside.png", f"gradient {thousands}", palette)
+    plot([run for run in online if run.algorithm == "sac"], FOLDER / "sac.png", thousands, palette)
+    return text + of_equal_time(timed, palette)
+
+
+def of_equal_time(runs: list[Run], palette: dict) -> str:
+    """minutes/results.md, if there are such runs; README.md and docs/results.md get the tables, if
+    they have a place for them."""
+    if not runs:
+        return ""
+    out, groups = FOLDER / "minutes", sizes(runs)
+    out.mkdir(exist_ok=True)
+    text = "# Results at equal CPU time\n\n"
+    text += "".join(section(group, out, "a2po", palette) for _, group in groups)
+    (out / "results.md").write_text(text)
+    short = "\n".join(f"{table(group)}\n{aggregate(group)}" for _, group in groups)
+    for page in (FOLDER.parent / "README.md", FOLDER.parent / "docs" / "results.md"):
+        if "<!-- minutes: begin -->" in page.read_text():
+            insert(page, "minutes", short)
+    return text
+
+
+def main(args: Args) -> None:
+    if args.runs is None and args.out is not None:
+        raise SystemExit("--out goes with --runs: without it the report is this repository's own.")
+    print(anyones(args) if args.runs else ours())
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Args))

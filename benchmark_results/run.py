@@ -100,9 +100,7 @@ class Args:
     device: str = ""  # as in the files; empty: cuda if there is one, else cpu
     matmul_precision: str = "high"  # as in the files
     cpus_per_run: float = 1  # CPU cores, and threads, of a run
-    gpus_per_run: float = (
-        0  # share of a GPU that a run takes: 0.125 runs eight side by side on each
-    )
+    gpus_per_run: float = 0  # share of a GPU that a run takes: 0.125: eight side by side on each
     address: str = ""  # a Ray cluster; empty: this machine
     runs: Path = Path("runs/grid")  # where the runs are
     dry_run: bool = False  # print what would be run
@@ -200,11 +198,11 @@ def overrides(args: Args, algorithm: str) -> list[str]:
 
 def is_finished(job: Job, config: dict, cpu: dict, minutes: float) -> bool:
     """Whether a run has all its steps, or has used its time. One from elsewhere has no cpu.json."""
-    if cpu and "cpu_seconds" not in config:
-        return False  # it was stopped in the middle, maybe of its last evaluation
-    used = config.get("cpu_seconds") or 0.0
-    steps = max(job.done, config.get("steps_reached", 0))
-    return steps >= job.steps or bool(minutes) and used >= 60 * minutes
+    if "cpu_seconds" not in config:  # otherwise it was stopped, maybe in its last evaluation
+        return not cpu and job.done >= job.steps
+    over = minutes and config["cpu_seconds"] >= 60 * minutes
+    through = config["steps_reached"] >= job.steps or over
+    return bool(through) and config.get("cpu_minutes", 0) == minutes
 
 
 def plan(args: Args) -> list[Job]:
@@ -242,6 +240,9 @@ def plan(args: Args) -> list[Job]:
                 old = config.get("args", {}) if job.finished else {}
                 new = {key: value for key, value in options.items() if key not in FREE.split()}
                 changed = [f"{k} {old[k]}" for k in new if k in old and old[k] != new[k]]
+                used = config.get("cpu_seconds", 0) / 60
+                if not job.finished and args.cpu_minutes and used >= args.cpu_minutes:
+                    changed.append(f"{used:.2g} CPU minutes")
                 elsewhere = "remove it, or name another place with --runs or --tag."
                 if changed:
                     raise SystemExit(f"{folder} is a run with {', '.join(changed)}: {elsewhere}")
@@ -318,8 +319,8 @@ class Watch(threading.Thread):
                 self.known[name] = self.stamp(name)
             if SAVED in new:
                 self.cpu["checkpoint"] = seconds
-            if "eval.csv" in new and (step := last_step(self.folder)):
-                self.cpu["evaluations"].setdefault(str(step), seconds)
+            for row in rows(self.folder) if "eval.csv" in new else []:
+                self.cpu["evaluations"].setdefault(row["step"], seconds)
             write(self.folder / "cpu.json", self.cpu)
 
     def run(self) -> None:

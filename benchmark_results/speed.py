@@ -3,7 +3,7 @@
     python benchmark_results/speed.py
     python benchmark_results/speed.py --algorithms td3_bc iql --corl CORL/algorithms/offline
 
-Times the update that the training loop calls, with each file's own sizes and batch, on random
+Times the updates that the training loop calls, with each file's own sizes and batch, on random
 arrays of HalfCheetah's shape. An algorithm with phases is timed in each, weighed by their share of
 a run. `evaluation` is ten episodes of 1000 steps. The floor of a step is its floating-point
 operations, counted while it runs, over the rate of a large matrix product, measured here: `share`
@@ -23,7 +23,6 @@ import platform
 import resource
 import tempfile
 import time
-from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ import h5py
 import numpy as np
 import torch
 import tyro
-from run import ALGORITHMS, FOLDER, load
+from run import ALGORITHMS, FOLDER, accelerated, fresh_learner, load, phases
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -56,24 +55,15 @@ UNITS = {  # columns of the table
 class Args:
     """Measures steps per second, memory and evaluation time of the files of algorithms/."""
 
-    algorithms: tuple[str, ...] = ()
-    """files without .py; empty: all"""
-    device: str = "auto"
-    """cpu or cuda; auto takes a GPU if there is one"""
-    threads: int = 1
-    """threads of PyTorch on the CPU"""
-    matmul_precision: str = "high"
-    """as in the files"""
-    override: tuple[str, ...] = ()
-    """other flags of the files: batch-size=1024 no-cuda-graph"""
-    seconds: float = 5.0
-    """time spent on each measurement"""
-    repeats: int = 3
-    """measurements of ours and of CORL's, in turns; the fastest counts"""
-    corl: str = ""
-    """folder with CORL's td3_bc.py and the others, to be timed beside ours"""
-    dry_run: bool = False
-    """print the figures, write nothing"""
+    algorithms: tuple[str, ...] = ()  # files without .py; empty: all
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # as in the files
+    threads: int = 1  # threads of PyTorch on the CPU
+    matmul_precision: str = "high"  # as in the files
+    override: tuple[str, ...] = ()  # other flags of the files: batch-size=1024 no-cuda-graph
+    seconds: float = 5.0  # time spent on each measurement
+    repeats: int = 3  # measurements of ours and of CORL's, in turns; the fastest counts
+    corl: str = ""  # folder with CORL's td3_bc.py and the others, to be timed beside ours
+    dry_run: bool = False  # print the figures, write nothing
 
 
 def write_data(path: Path, n: int = 100_000) -> None:
@@ -123,47 +113,42 @@ class KernelCounter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def operations(update, n: int) -> np.ndarray:
+def operations(update) -> np.ndarray:
     """(floating-point operations of the products, kernels) in one gradient step, backward pass
     included."""
     update()  # the first call also makes the optimisers' states
     with FlopCounterMode(display=False) as counter, KernelCounter() as kernels:
         update()
-    return np.array([counter.get_total_flops(), kernels.number]) / n
+    return np.array([counter.get_total_flops(), kernels.number])
 
 
 def ours(args: Args, algorithm: str, data: str) -> dict[str, float]:
     """One file, measured once; its figures under the names of UNITS."""
-    torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision(args.matmul_precision)
-    device, module = torch.device(args.device), load(algorithm)
-    flags = ["--offline"] if algorithm == "sac" else []
+    module, flags = load(algorithm), ["--offline"] if algorithm == "sac" else []
+    flags += ["--dataset", data, "--device", args.device, "--threads", str(args.threads)]
+    flags += ["--matmul-precision", args.matmul_precision]
     flags += [word for pair in args.override for word in f"--{pair}".split("=", 1)]
-    options = tyro.cli(module.Args, args=["--dataset", data, *flags])
-    dataset = module.load_dataset(data)
-    learner = module.Learner(dataset.tensors(np.arange(len(dataset.ends)), device), options)
+    options = tyro.cli(module.Args, args=flags)
+    learner, _, task = fresh_learner(module, options)
+    device = torch.device(args.device)
 
     # Which update the training loop would call how often, and what a step of the run costs.
-    shares, updates, counts = defaultdict(float), {}, {}
-    for step in np.linspace(0, options.steps, 200, endpoint=False).astype(int):
-        update, n = learner.phase(int(step))
-        shares[update.__name__] += 1 / 200
-        if update.__name__ not in updates:
-            counts[update.__name__] = operations(update, n)
-            updates[update.__name__] = (module.accelerate(update, options, device), n)
+    updates, names = phases(learner, options.steps)
+    shares = {name: names.count(name) / len(names) for name in updates}
+    counts = {name: operations(update) for name, update in updates.items()}
     seconds = args.seconds / len(updates)
+    fast = {name: accelerated(module, options, update) for name, update in updates.items()}
     cost = sum(
-        shares[name] / (n * calls_per_second(update, seconds, device))
-        for name, (update, n) in updates.items()
+        shares[name] / calls_per_second(update, seconds, device) for name, update in fast.items()
     )
     flop, kernels = sum(shares[name] * counts[name] for name in updates)
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 1e6
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    spec = {"env_id": dataset.env_id, "references": dataset.references, "device": device}
+    learner.eval()
     began = time.perf_counter()
-    module.evaluate(learner, spec, 10, 0)
+    module.evaluate(learner.policy, task, 10, 0)
     evaluation = time.perf_counter() - began
     return {
         "steps_per_second": 1 / cost,
@@ -228,8 +213,6 @@ def write(rows: list[dict]) -> None:
 
 def main(args: Args) -> list[dict]:
     """Measures, prints and writes; returns the rows."""
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     place = f"{hardware(args)}, torch {torch.__version__}, {args.matmul_precision} precision"
     place += f", {' '.join(args.override)}" if args.override else ""
     print(place)

@@ -16,17 +16,24 @@ killed when tests/test_<file>.py fails on a copy of the file that is broken so, 
 that all files share. Those of the shared blocks are in mutations/shared.txt and break bc.py.
 """
 
+import contextlib
+import io
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import gymnasium.wrappers.vector  # noqa: F401
+import minari  # noqa: F401
+import pytest
+import torch.utils.tensorboard  # noqa: F401
 import tyro
 
 TESTS = Path(__file__).resolve().parent
@@ -61,7 +68,9 @@ class Mutant:
         bare, n = [line.strip() for line in lines], len(self.old)
         places = [i for i in range(len(lines)) if bare[i : i + n] == self.old]
         if len(places) != 1:
-            raise SystemExit(f"{self.file}, {self.what}: its lines stand {len(places)} times there.")
+            raise SystemExit(
+                f"{self.file}, {self.what}: its lines stand {len(places)} times there."
+            )
         i = places[0]
         indents = [line[: len(line) - len(line.lstrip())] for line in lines[i : i + n]]
         new = [(indents[min(k, n - 1)] + line) for k, line in enumerate(self.new)]
@@ -80,36 +89,43 @@ def mutants(name: str) -> list[Mutant]:
     return found
 
 
-def noticed(name: str, mutant: Mutant) -> str:
+def noticed(job: tuple[str, Mutant]) -> str:
     """The first test that fails on the mutant, or nothing."""
+    name, mutant = job
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "algorithms"
         shutil.copytree(ALGORITHMS, copy)
         (copy / f"{mutant.file}.py").write_text(mutant.text())
-        env = os.environ | {"CLEANDGM_ALGORITHMS": str(copy), "OMP_NUM_THREADS": "1"}
+        os.environ["CLEANDGM_ALGORITHMS"] = str(copy)
         own = TESTS / f"test_{name}.py"
-        chosen = [[own]] if own.exists() else []
-        chosen.append([TESTS / shared for shared in SHARED] + ["-k", mutant.file])
-        for tests in chosen:
-            command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not learning", *tests]
-            done = subprocess.run(
-                list(map(str, command)), cwd=TESTS.parent, env=env, capture_output=True, text=True
-            )
-            if done.returncode == 1:
-                failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+        names = [path.stem for path in ALGORITHMS.glob("*.py")]
+        others = " and ".join(f"not {x}" for x in names if x not in mutant.file)
+        shared = [*(TESTS / file for file in SHARED), "-k", others]
+        for tests in ([own], shared) if own.exists() else (shared,):
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                flags = ["-x", "-q", "-m", "not learning", "-p", "no:cacheprovider"]
+                code = pytest.main([*flags, *map(str, tests)])
+            if code == pytest.ExitCode.TESTS_FAILED:
+                failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", said.getvalue(), re.MULTILINE)
                 return failed[0] if failed else "a test"
-            if done.returncode not in (0, 5):
-                raise SystemExit(f"pytest did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+            if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+                return f"pytest did not run: {said.getvalue()[-2000:]}"
+            for module in [key for key in sys.modules if key.startswith(("test_", "algorithm_"))]:
+                del sys.modules[module]
     return ""
 
 
 def main(args: Args) -> None:
+    os.chdir(TESTS.parent)
     names = args.files or sorted(path.stem for path in (TESTS / "mutations").glob("*.txt"))
     jobs = [(name, mutant) for name in names for mutant in mutants(name)]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        results = pool.map(lambda job: noticed(*job), jobs)
+    # A process of its own for each, which begins with the packages imported.
+    with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
         alive = []
-        for (name, mutant), test in zip(jobs, results):
+        for (name, mutant), test in zip(jobs, pool.imap(noticed, jobs)):
+            if test.startswith("pytest did not run"):
+                sys.exit(f"{name}, {mutant.what}: {test}")
             print(f"{'killed' if test else 'ALIVE '}  {name}: {mutant.what}", end="")
             print(f"  ({test})" if args.show and test else "", flush=True)
             alive += [] if test else [mutant]

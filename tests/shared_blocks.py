@@ -1,7 +1,7 @@
-"""The blocks that all files of algorithms/ share, letter for letter, and the tool that copies them.
+"""The blocks that files of algorithms/ share, letter for letter, and the tool that copies them.
 
-`python tests/shared_blocks.py` names the copies that drifted from the original, algorithms/bc.py
-(algorithms/td3_bc.py for the critic); with `--write` it makes them equal again.
+`python tests/shared_blocks.py` names the copies that drifted from the original, most of them in
+algorithms/bc.py; with `--write` it makes them equal again.
 """
 
 import re
@@ -10,49 +10,65 @@ from pathlib import Path
 
 ALGORITHMS = Path(__file__).resolve().parents[1] / "algorithms"
 
-# name: (file with the original, pattern of the block, files that do without it)
+# name: (file with the original, pattern of the block, the files that have it, or None for all but
+# those that are named after it)
+ALL = None
 BLOCKS = {
-    "run flags and data set": (
+    "run flags": (
         "bc.py",
-        r"    # The run: the same flags in every file\.\n.*?(?=\n# -+ Networks\n)",
-        (),
+        r"    # The run: the same flags in every file\.\n.*?capture_video.*?\n",
+        ALL,
     ),
-    "mlp": ("bc.py", r"def mlp\(.*?\n\n\n", ()),
-    "twin critic": (
+    "mlp": ("bc.py", r"def mlp\(.*?\n\n\n", ALL, "diffusion_ql.py"),
+    "scaling": ("bc.py", r"class Scaling\(.*?(?=\n\n\n)", ALL),
+    "twin critic, one or both": (
         "td3_bc.py",
         r"class TwinCritic\(.*?(?=\n\n\n)",
-        ("bc.py", "decision_transformer.py", "flow_bc.py", "fql.py", "rebrac.py", "vae_bc.py"),
+        ("td3_bc.py", "a2po.py", "cvae_bcq.py"),
     ),
-    # A policy with a memory is evaluated and filmed in its own way: decision_transformer.py.
-    "evaluation": (
+    "twin critic": (
+        "sac.py",
+        r"class TwinCritic\(.*?(?=\n\n\n)",
+        ("sac.py", "iql.py", "cql.py", "diffusion_ql.py", "gan_world_model.py"),
+    ),
+    "data set": (
         "bc.py",
-        r"# -+ Evaluation\n.*?(?=\n\n\ndef evaluate_checkpoint)",
-        ("decision_transformer.py",),
+        r"# From here on every file is the same.*?(?=\n# -+ Evaluation\n)",
+        ALL,
     ),
-    "evaluation of a checkpoint": (
-        "bc.py",
-        r"def evaluate_checkpoint\(.*?(?=\n\n\ndef record_video)",
-        (),
-    ),
-    "video": (
-        "bc.py",
-        r"def record_video\(.*?(?=\n\n\n# -+ Training loop\n)",
-        ("decision_transformer.py",),
-    ),
-    "training loop": ("bc.py", r"def train\(.*?(?=\n\n\ndef accelerate)", ("sac.py",)),
-    "training helpers": ("bc.py", r"def accelerate\(.*\Z", ()),
+    "environment": ("bc.py", r"def make_env\(.*?(?=\n\n\ndef evaluate)", ALL),
+    # A policy with a memory is evaluated in its own way.
+    "evaluation": ("bc.py", r"def evaluate\(.*?(?=\n\n\ndef )", ALL, "decision_transformer.py"),
+    "load policy": ("bc.py", r"def load_policy\(.*?(?=\n\n\n)", ALL),
+    "training loop": ("bc.py", r"def train\(.*?(?=\n\n\ndef )", ALL),
+    "training helpers": ("bc.py", r"def adam\(.*\Z", ALL),
 }
+# What a copy may say instead: SAC's data may come from acting.
+VARIANTS = {
+    "sac.py": (
+        "    data, task = load_dataset(args.dataset, args.env_id)\n",
+        "    offline = load_dataset(args.dataset, args.env_id) if args.offline else None\n",
+    )
+}
+
+
+def original(block: str, file: str) -> str:
+    """The text of a block that a file should have."""
+    origin, pattern, *_ = BLOCKS[block]
+    text = re.search(pattern, (ALGORITHMS / origin).read_text(), re.DOTALL)[0]
+    return text.replace(*VARIANTS[file]) if file in VARIANTS else text
 
 
 def drifted() -> dict[str, dict[str, str]]:
     """File name -> {block name: text it should have} for every copy that is not the original's."""
     found = {}
-    for block, (origin, pattern, without) in BLOCKS.items():
-        original = re.search(pattern, (ALGORITHMS / origin).read_text(), re.DOTALL)[0]
+    for block, (_, pattern, files, *without) in BLOCKS.items():
         for path in sorted(ALGORITHMS.glob("*.py")):
+            if path.name in without or (files and path.name not in files):
+                continue
             copy = re.search(pattern, path.read_text(), re.DOTALL)
-            if path.name not in without and (copy is None or copy[0] != original):
-                found.setdefault(path.name, {})[block] = original
+            if copy is None or copy[0] != original(block, path.name):
+                found.setdefault(path.name, {})[block] = original(block, path.name)
     return found
 
 

@@ -681,6 +681,9 @@ def test_columns_of_the_targets():
     together, _ = policy.act(s, target=torch.tensor(list(asked.values()))[:, None])
     for i, target in enumerate(asked.values()):
         torch.testing.assert_close(together[i], policy.act(s[i : i + 1], target=target)[0][0])
+    assert policy.actors().keys() == asked.keys()
+    for suffix, act in policy.actors().items():
+        torch.testing.assert_close(act(s)[0], policy.act(s, target=asked[suffix])[0])
 
 
 def test_scale_of_the_returns():

@@ -490,7 +490,8 @@ def test_noise_bounds_the_density_at_atoms(where, coupling):
 
 def test_without_noise_the_density_at_atoms_has_no_bound():
     rows = data(256, observations=torch.zeros(256, S), actions=torch.ones(256, 1))
-    assert fitted(rows, 300, noise=0.0).update()["losses/nll"] < math.log(0.02) - 1
+    cloner = fitted(rows, 100, noise=0.0)
+    assert min(cloner.update()["losses/nll"] for _ in range(200)) < math.log(0.02) - 1
 
 
 def test_noise_is_uniform_and_in_training_alone(monkeypatch):

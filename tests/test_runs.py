@@ -139,7 +139,9 @@ def test_files_of_a_run(train, module, pendulum_file, elsewhere, capsys):
     lines = [line for line in said.split("\n") if line.startswith("step")]
     assert [line.split()[1] for line in lines] == ["10", "20"]
     for line, row in zip(lines, history):
-        assert f"return {row['return_mean']:.4g}" in line and f"score {row['score']:.4g}" in line
+        assert (
+            f"return_mean {row['return_mean']:.4g}" in line and f"score {row['score']:.4g}" in line
+        )
         assert "best" in line and "left" in line and "validation" not in line
         assert len(line) < 160
 

@@ -146,11 +146,11 @@ def test_importance_weights_are_those_of_prior_and_encoder():
 
 def test_the_density_is_one():
     """p(a | s) integrates to 1 over the action: nats of a density, not of a scaled error."""
-    cloner, _ = trained(200)
-    a = torch.linspace(-2.5, 2.5, 251)[:, None]
+    cloner, _ = trained(20, sigma=0.3)  # the encoder is wide yet: so few weights say it all
+    a = torch.linspace(-3, 3, 301)[:, None]
     with torch.no_grad():
-        p = cloner.log_likelihood(torch.zeros(251, S), a, 2000).exp()
-    assert (p.sum() * 5 / 250).item() == pytest.approx(1, abs=0.05)
+        p = cloner.log_likelihood(torch.zeros(301, S), a, 1000).exp()
+    assert (p.sum() * 6 / 300).item() == pytest.approx(1, abs=0.02)
 
 
 def test_the_mlps_bound_is_the_likelihood_of_bcs_gaussian():
@@ -183,8 +183,7 @@ def test_update_descends_the_weighted_bound(flags):
     """On the rows it draws, per action dimension; with free bits each dimension has its floor."""
     cloner = learner("vae_bc", batch_size=64, latent_dim=2, learning_rate=0.0, **flags)
     weight, floor = flags.get("kl_weight", 1.0), flags.get("free_bits", 0.0)
-    cloner.policy.encoder[-1].weight.data *= 4  # divergences on both sides of the floor
-    cloner.policy.encoder[-1].bias.data[2] -= 2
+    cloner.policy.encoder[-1].bias.data[2] -= 3  # divergences on both sides of the floor
     torch.manual_seed(1)
     i = torch.randint(64, (64,))
     log_p, kl, mse = cloner.terms(cloner.s[i], cloner.a[i])
@@ -236,7 +235,7 @@ def test_the_latent_says_which_mode(sigma, prior):
     assert metrics["losses/kl"] > 0.4  # log 2 = 0.69 nats tell the side
     a = drawn(cloner)
     for mode in (-0.8, 0.8):
-        assert 0.3 < ((a - mode).abs() < 0.25).float().mean() < 0.7, a
+        assert 0.2 < ((a - mode).abs() < 0.25).float().mean() < 0.8, a
     assert cloner.validate(two_modes())["spread_over_z"] > 0.4
 
 
@@ -260,7 +259,7 @@ def test_a_sigma_that_begins_wide_leaves_the_latent_unused():
 def test_a_latent_that_costs_too_much_makes_a_regression():
     cloner, metrics = trained(kl_weight=30.0)
     assert metrics["losses/kl"] < 0.01
-    assert drawn(cloner).abs().max() < 0.25
+    assert drawn(cloner).abs().mean() < 0.15
 
 
 def test_free_bits_keep_the_kl_above_their_floor():
@@ -281,7 +280,7 @@ def test_the_prior_learns_where_one_action_is_taken():
         cloner.update()
     wrong = (cloner.policy.act(torch.ones(1000, S)) < 0.4).float().mean()
     other = (cloner.policy.act(torch.zeros(1000, S)) < 0.4).float().mean()
-    assert wrong < 0.03 and 0.3 < other < 0.7, (wrong, other)
+    assert wrong < 0.03 and 0.2 < other < 0.8, (wrong, other)
     mean, log_sigma = cloner.policy.prior(
         cloner.policy.scaling.state(torch.eye(2, 1) * torch.ones(S))
     )

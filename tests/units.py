@@ -36,8 +36,10 @@ def learner(name: str, rows=None, low=-1.0, high=1.0, **flags):
     module = load(name) if isinstance(name, str) else name
     name = module.__name__.removeprefix("algorithm_")
     rows = rows or data()
-    args = module.Args(**tiny(name, **flags))
-    return module.Learner(dict(rows), task(rows, low, high), args)
+    args, given = module.Args(**tiny(name, **flags)), task(rows, low, high)
+    found = module.Learner(dict(rows), given, args)
+    found.given_task = given
+    return found
 
 
 def batch(learner) -> list[torch.Tensor]:

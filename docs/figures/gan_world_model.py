@@ -25,20 +25,13 @@ HORIZON = 20
 class Args:
     """Trains world models with and without their adversary and draws their errors."""
 
-    dataset: str = "pendulum-medium-replay"
-    """a Pendulum or Hopper data set"""
-    model_steps: int = 3000
-    """gradient steps of every world model"""
-    model_dim: int = 64
-    """units in each of its hidden layers, and of the discriminator's"""
-    batch_size: int = 256
-    """transitions per gradient step and member"""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """one world model of each kind per seed"""
-    held_out: float = 0.2
-    """share of the episodes that no model sees"""
-    rows: int = 2000
-    """held-out transitions and windows that are drawn"""
+    dataset: str = "pendulum-medium-replay"  # a Pendulum or Hopper data set
+    model_steps: int = 3000  # gradient steps of every world model
+    model_dim: int = 64  # units in each of its hidden layers, and of the discriminator's
+    batch_size: int = 256  # transitions per gradient step and member
+    seeds: tuple[int, ...] = (0, 1, 2)  # one world model of each kind per seed
+    held_out: float = 0.2  # share of the episodes that no model sees
+    rows: int = 2000  # held-out transitions and windows that are drawn
 
 
 def load_algorithm():
@@ -49,22 +42,22 @@ def load_algorithm():
     return sys.modules["gan_world_model"]
 
 
-def train(module, data, args: Args, seed: int, weight: float):
+def train(module, data, task, args: Args, seed: int, weight: float):
     sizes = dict(model_dim=args.model_dim, model_layers=3, discriminator_dim=args.model_dim)
     flags = dict(dataset=args.dataset, batch_size=args.batch_size, adversarial_weight=weight)
     torch.manual_seed(seed)
-    learner = module.Learner(data, module.Args(**sizes, **flags))
+    learner = module.Learner(data, task, module.Args(**sizes, **flags, device="cpu"))
     for _ in range(args.model_steps):
-        learner.update()
+        learner.update_model()
     return learner
 
 
 @torch.no_grad()
 def open_loop(learner, s, a):
     """Root mean squared error after k = 1 ... K steps of every member's mean, in the data's
-    deviations. s (B, K + 1, S) are the true states, a (B, K, A) the actions taken."""
-    s = learner.policy.normalise(s)
-    imagined, errors = s[None, :, 0].expand(learner.model.members, -1, -1), []  # (N, B, S)
+    standard deviations. s (B, K + 1, S) are the true states, a (B, K, A) the actions taken."""
+    s = learner.policy.scaling.state(s).reshape(s.shape)
+    imagined, errors = s[None, :, 0].expand(learner.args.ensemble, -1, -1), []  # (N, B, S)
     for k in range(a.shape[1]):
         mu, _ = learner.model(imagined, a[:, k].expand(len(imagined), -1, -1))
         imagined, _ = learner.model.follow(imagined, mu)
@@ -72,14 +65,14 @@ def open_loop(learner, s, a):
     return errors
 
 
-def windows(dataset, rows, number, rng):
+def windows(data, rows, number, rng):
     """States (B, K + 1, S) and actions (B, K, A) of stretches within held-out episodes."""
     starts = rows[:-HORIZON]
-    starts = starts[dataset.episodes[starts] == dataset.episodes[rows[HORIZON:]]]
+    starts = starts[data["episodes"][starts] == data["episodes"][rows[HORIZON:]]]
     starts = rng.choice(starts, min(number, len(starts)), replace=False)
     i = starts[:, None] + np.arange(HORIZON)  # (B, K)
-    s = np.concatenate([dataset.observations[i], dataset.next_observations[i[:, -1:]]], axis=1)
-    return torch.as_tensor(s), torch.as_tensor(dataset.actions[i])
+    s = np.concatenate([data["observations"][i], data["next_observations"][i[:, -1:]]], axis=1)
+    return torch.as_tensor(s), torch.as_tensor(data["actions"][i])
 
 
 def simulate(env_id, s, a, low, high):
@@ -106,24 +99,26 @@ def rank_correlation(x, y):
 def main(args: Args) -> None:
     torch.set_num_threads(1)
     module, rng = load_algorithm(), np.random.default_rng(0)
-    dataset = module.load_dataset(args.dataset)
-    chosen = rng.permutation(len(dataset.returns))[: int(args.held_out * len(dataset.returns))]
-    held_out = np.flatnonzero(np.isin(dataset.episodes, chosen))
-    data = dataset.tensors(~np.isin(dataset.episodes, chosen), torch.device("cpu"))
-    s_true, a_true = windows(dataset, held_out, args.rows, rng)
+    arrays, task = module.load_dataset(args.dataset)
+    episodes = arrays["episodes"].max() + 1
+    chosen = rng.permutation(episodes)[: int(args.held_out * episodes)]
+    unseen = np.isin(arrays["episodes"], chosen)
+    held_out = np.flatnonzero(unseen & arrays["recorded"])
+    data = {key: torch.as_tensor(array[~unseen]) for key, array in arrays.items()}
+    s_true, a_true = windows(arrays, held_out, args.rows, rng)
 
     # Errors of open-loop prediction.
     default = module.Args.adversarial_weight
     kinds = {0.0: "likelihood alone", default: f"and adversary, weight {default:g}"}
     figure, axes = plt.subplots(figsize=(5, 3.2))
     for weight, label in kinds.items():
-        learners = [train(module, data, args, seed, weight) for seed in args.seeds]
+        learners = [train(module, data, task, args, seed, weight) for seed in args.seeds]
         errors = np.array([open_loop(learner, s_true, a_true) for learner in learners])
         steps = np.arange(1, HORIZON + 1)
         (line,) = axes.plot(steps, errors.mean(0), label=label)
         axes.fill_between(steps, errors.min(0), errors.max(0), alpha=0.2, color=line.get_color())
         print(f"{label}: after 1, 5, 20 steps {errors.mean(0)[[0, 4, 19]].round(4)}")
-    axes.set(xlabel="steps imagined", ylabel="error in deviations of the data")
+    axes.set(xlabel="steps imagined", ylabel="error in standard deviations")
     axes.set(title=f"{args.dataset}: open loop, held-out episodes", xticks=[1, 5, 10, 15, 20])
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
@@ -132,8 +127,11 @@ def main(args: Args) -> None:
     # Penalties against the error that they stand for: at the logged actions, and at uniform ones,
     # whose successors the simulator knows.
     i = rng.choice(held_out, min(args.rows, len(held_out)), replace=False)
-    s, low, high = dataset.observations[i], dataset.action_low, dataset.action_high
-    logged = dataset.actions[i]
+    s, logged, (low, high) = (
+        arrays["observations"][i],
+        arrays["actions"][i],
+        np.array(task["bounds"]),
+    )
     uniform = rng.uniform(-1, 1, logged.shape).astype(np.float32)
     names = {"discriminator": "-log D", "aleatoric": "largest σ", "disagreement": "disagreement"}
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True, layout="constrained")
@@ -142,8 +140,8 @@ def main(args: Args) -> None:
         drawn = learner is learners[0]
         errors, doubts = [], {kind: [] for kind in names}
         for action in (logged, uniform):
-            s_next, r = simulate(dataset.env_id, s, action, low, high)
-            s_n, s_next = map(learner.policy.normalise, (torch.as_tensor(s), s_next))
+            s_next, r = simulate(task["env_id"], s, action, low, high)
+            s_n, s_next = map(learner.policy.scaling.state, (torch.as_tensor(s), s_next))
             with torch.no_grad():
                 mu, _ = learner.model(s_n, torch.as_tensor(action))
             x = learner.model.standardise(s_n, r, s_next)

@@ -35,14 +35,10 @@ RUNS = {  # file: its label, and its flags beyond the common ones
 class Args:
     """Trains four files on the same data and draws mean Q and score over steps."""
 
-    datasets: tuple[str, ...] = ("hopper-medium-replay", "hopper-expert")
-    """the data, a row of the figure each"""
-    steps: int = 8000
-    """gradient steps"""
-    seed: int = 0
-    """seed of every run"""
-    draw: bool = False
-    """only draw shift.csv"""
+    datasets: tuple[str, ...] = ("hopper-medium-replay", "hopper-expert")  # a row each
+    steps: int = 8000  # gradient steps
+    seed: int = 0  # seed of every run
+    draw: bool = False  # only draw shift.csv
 
 
 def load(name):
@@ -53,10 +49,11 @@ def load(name):
     return sys.modules[name]
 
 
-def best_return(dataset, gamma):
+def best_return(data, gamma):
     """The largest discounted return that follows any transition of the data."""
     best, ahead = 0.0, 0.0
-    for reward, end in zip(dataset.rewards[::-1, 0], dataset.ends[::-1]):
+    ends = np.diff(data["episodes"], append=-1) != 0
+    for reward, end in zip(data["rewards"][::-1, 0], ends[::-1]):
         ahead = reward + gamma * (0.0 if end else ahead)
         best = max(best, ahead)
     return best
@@ -106,7 +103,7 @@ def main(args: Args) -> None:
     if not args.draw:
         rows = []
         for dataset in args.datasets:
-            best = best_return(load("bc").load_dataset(dataset), SMALL["gamma"])
+            best = best_return(load("bc").load_dataset(dataset)[0], SMALL["gamma"])
             rows.append([dataset, "", "best", 0, f"{best:.1f}"])
             for name in RUNS:
                 rows += train(name, dataset, args)
