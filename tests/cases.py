@@ -51,19 +51,19 @@ def shuffle_actions(module: ModuleType) -> None:
 
 def remove_state(module: ModuleType) -> None:
     """A policy that sees the same state everywhere."""
-    module.Policy.normalise = lambda self, observations: torch.zeros_like(observations)
+    state = module.Scaling.state
+    module.Scaling.state = lambda self, observations: torch.zeros_like(state(self, observations))
 
 
 def shuffle_returns(module: ModuleType) -> None:
     """A Decision Transformer whose returns-to-go no longer belong to their transitions."""
-    along_episodes = module.along_episodes
+    columns = module.DecisionTransformer.columns
 
-    def shuffled(data):
-        found = along_episodes(data)
-        order = torch.randperm(len(found["returns_to_go"]))
-        return found | {"returns_to_go": found["returns_to_go"][order]}
+    def shuffled(self, data):
+        t, R, *rest = columns(self, data)
+        return t, R[torch.randperm(len(R))], *rest
 
-    module.along_episodes = shuffled
+    module.DecisionTransformer.columns = shuffled
 
 
 def what_asking_brings(row: dict) -> float:
@@ -76,17 +76,15 @@ def rarer_mode(module: ModuleType, folder: Path) -> float:
     """Share in % of the rarer of two modes among the actions of a trained policy, at those states
     of the bimodal data where the controller threw a coin: pushes with the motion (39 % of the
     data's) and against it (61 %). A policy that averages the two pushes neither way."""
-    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    blank = {key: torch.zeros(shape) for key, shape in saved["spec"]["shapes"].items()}
-    learner = module.Learner(blank, module.Args(**saved["args"]))
-    module.restore(learner, saved["learner"])
-    s = torch.as_tensor(module.load_dataset(saved["args"]["dataset"]).observations)
+    policy = module.load_policy(folder)
+    dataset = policy.saved["args"]["dataset"]
+    s = torch.as_tensor(module.load_dataset(dataset)[0]["observations"])
     cos, sin, velocity = s.unbind(1)
     energy = 0.5 * velocity.square() + 15 * (1 + cos)  # the rule of datasets/make.py's SwingUp
     near_top = (cos > 0.7) & ((sin + velocity / 15**0.5).abs() < 0.3)
     coin = (energy > 22) & (energy < 27) & ~near_top
     torch.manual_seed(0)
-    push = learner.policy.act(s[coin])[:, 0] * velocity[coin].sign()  # of ±1.7, noise 0.1
+    push = policy.act(s[coin])[:, 0] * velocity[coin].sign()  # of ±1.7, noise 0.1
     return 100 * min((push > 1).float().mean().item(), (push < -1).float().mean().item())
 
 
