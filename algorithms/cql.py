@@ -40,7 +40,6 @@ import functools
 import hashlib
 import json
 import math
-import platform
 import re
 import signal
 import sys
@@ -186,10 +185,9 @@ class TwinCritic(nn.Module):
 
     def forward(self, s, a):
         x = torch.cat([s, a], dim=-1).expand(2, -1, -1)  # (2, B, S + A)
-        weights, biases = list(self.weights), list(self.biases)
-        for weight, bias in zip(weights[:-1], biases[:-1]):
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
             x = torch.baddbmm(bias, x, weight).relu_()  # (2, B, H)
-        return torch.baddbmm(biases[-1], x, weights[-1])  # (2, B, 1)
+        return torch.baddbmm(self.biases[-1], x, self.weights[-1])  # (2, B, 1)
 
 
 # ----------------------------------------------------------------------------------- Algorithm
@@ -354,7 +352,9 @@ def explained(what: str):
     try:
         yield
     except Exception as error:
-        raise SystemExit(f"{what}: {error or repr(error)}") from error
+        raise SystemExit(
+            f"{what}: {str(error).strip().split(chr(10))[0] or repr(error)}"
+        ) from error
 
 
 def read_dataset(name: str) -> dict:
@@ -413,10 +413,9 @@ def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], di
     s, a, terminal = x["observations"], x["actions"], x["terminals"][:, 0] > 0
 
     # Environment, bounds and scores are the file's, unless --env-id is another environment's.
-    own = raw.get("env_id", "none")
-    own = own.decode() if isinstance(own, bytes) else str(own)
+    own = np.asarray(raw.get("env_id", "none")).astype(str).item()
     task = {"env": env_id or own, "env_id": "none", "sizes": [s.shape[1], a.shape[1]]}
-    says = raw if own in ("none", task["env"]) else {}
+    says = raw if own == "none" or env_id in ("", "none", own) else {}
     low, high = says.get("action_low", -1.0), says.get("action_high", 1.0)
     if task["env"] != "none":
         env = make_env(task)
@@ -432,9 +431,9 @@ def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], di
     low += (low < bounds[0]) * np.spacing(np.abs(low))
     high -= (high > bounds[1]) * np.spacing(np.abs(high))
     span = high - low
-    check(np.isfinite(span) & (span > 0), f"{of}: its actions have the bounds {low} and {high}.")
-    ok = ((a >= low - 1e-4 * span) & (a <= high + 1e-4 * span)).all(1)
-    check(ok, f"{of}: an action leaves {low} to {high}, first in row {ok.argmin()}.")
+    ok = np.isfinite(span) & (span > 0) & (a >= low - 1e-4 * span) & (a <= high + 1e-4 * span)
+    where = f"first in row {ok.all(1).argmin()}, or these are no bounds"
+    check(ok, f"{of}: an action leaves its bounds, {low} to {high}, {where}.")
 
     # A terminal ends the task, a timeout only the recording: the first alone stops the bootstrap.
     ends, recorded = terminal | (x["timeouts"][:, 0] > 0), np.ones(n, bool)
@@ -468,10 +467,9 @@ def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], di
 def make_env(task: dict, **options) -> gym.Env:
     """The task's environment: an id, also module:Id, or a specification in JSON as Minari has."""
     sys.path += [""] * ("" not in sys.path)  # modules of the current folder, too
-    of = f"Environment {task['env'][:50]} (--env-id)"
+    env, of = task["env"], f"Environment {task['env'][:50]} (--env-id)"
     with explained(of):
-        is_json = task["env"].startswith("{")
-        env = gym.make(EnvSpec.from_json(task["env"]) if is_json else task["env"], **options)
+        env = gym.make(EnvSpec.from_json(env) if env[0] == "{" else env, **options)
     spaces, shapes = (env.observation_space, env.action_space), [(x,) for x in task["sizes"]]
     ok = all(isinstance(x, gym.spaces.Box) and x.shape == y for x, y in zip(spaces, shapes))
     check(ok, f"{of} has {spaces[0]} and {spaces[1]}, the data has boxes of shapes {shapes}.")
@@ -497,8 +495,7 @@ def evaluate(policy, task: dict, episodes: int, seed: int, video="") -> dict[str
                     returns[i], lengths[i] = returns[i] + reward, lengths[i] + 1
                     if terminated or truncated:
                         running.remove(i)
-            for env in envs:
-                env.close()
+            [env.close() for env in envs]
         known = SCORES.get(envs[0].spec.name, (math.nan, math.nan))
         zero, hundred = task["scores"] or known
         score = 100 * (returns.mean() - zero) / (hundred - zero)
@@ -517,7 +514,7 @@ def load_policy(checkpoint: str | Path, device: str = "cpu", **flags) -> Policy:
         policy = Policy(saved["task"], Args(**saved["args"] | flags)).to(device).eval()
         of_policy = {k: v for k, v in saved["learner"].items() if k.startswith("policy.")}
         policy.load_state_dict({k[7:]: v for k, v in of_policy.items()})
-    policy.saved = saved
+    policy.saved, policy.folder = saved, path.parent
     return policy
 
 
@@ -526,7 +523,8 @@ def load_policy(checkpoint: str | Path, device: str = "cpu", **flags) -> Policy:
 
 def train(args: Args) -> list[dict[str, float]]:
     """Trains one run, or with --evaluate looks at one. Returns its evaluations, oldest first."""
-    for flag, low in dict(seed=0, steps=1, batch_size=1, eval_every=0, eval_episodes=1).items():
+    least = dict(seed=0, steps=1, batch_size=1, threads=1, eval_every=0, eval_episodes=1)
+    for flag, low in least.items():
         check(getattr(args, flag) >= low, f"--{flag.replace('_', '-')} must be {low} or more.")
     check(0 <= args.validation_fraction < 1, "--validation-fraction is a share, 0 to below 1.")
     with explained(f"--device {args.device}"):
@@ -545,11 +543,9 @@ def train(args: Args) -> list[dict[str, float]]:
         task |= other if args.env_id not in ("", task["env"]) else {}
         check(task["env"] != "none", f"--evaluate {args.evaluate}: its --env-id is none, give one.")
         torch.manual_seed(0)
-        here = Path(args.evaluate)
-        here = here if here.is_dir() else here.parent
-        video = here / "video" if args.capture_video else ""
+        video = policy.folder / "video" if args.capture_video else ""
         row = evaluate(policy, task, args.eval_episodes, args.seed, video)
-        print(f"{task['env']}{describe(row)}  {video}")
+        print(f"{task['env']}: {', '.join(f'{k} {v:.4g}' for k, v in row.items())}  {video}")
         return [row]
     name, path = Path(__file__).stem, Path(args.dataset)
     data_name = path.stem if path.is_file() else args.dataset.strip("/").replace("/", "-")
@@ -589,8 +585,9 @@ def train(args: Args) -> list[dict[str, float]]:
             restore(state.cpu())
 
     # The run directory: claimed at once, never taken twice.
-    about = {"args": asdict(args), "task": task, "machine": platform.platform()}
-    about |= {"gpu": torch.cuda.get_device_name() if cuda else "none", "python": sys.version}
+    about = {"args": asdict(args), "task": task, "python": sys.version, "threads": args.threads}
+    about["gpu"] = torch.cuda.get_device_name() if cuda else "none"
+    about["cpu"] = torch.backends.cpu.get_cpu_capability()
     packages = torch, np, gym, minari, sys.modules.get("mujoco", np)
     with explained(f"--run-dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -648,14 +645,17 @@ def train(args: Args) -> list[dict[str, float]]:
                     row |= evaluate(learner.policy, task, args.eval_episodes, seed, video)
                 losses = learner.validate(validation) if len(held_out) else {}
             learner.train()
-            history.append(row | {f"validation/{k}": float(x) for k, x in losses.items()})
-            columns = dict.fromkeys(key for row in history for key in row)
-            lines = [columns, *([str(row.get(key, "")) for key in columns] for row in history)]
+            row |= {f"validation/{key}": float(value) for key, value in losses.items()}
+            history.append(row)
+            columns = dict.fromkeys(key for x in history for key in x)
+            lines = [columns, *([str(x.get(key, "")) for key in columns] for x in history)]
             (folder / "eval.csv").write_text("".join(",".join(line) + "\n" for line in lines))
-            for key, value in list(history[-1].items())[2:]:
-                writer.add_scalar(key if "/" in key else f"eval/{key}", value, step)
-            best = max(row.get("return_mean", math.nan) for row in history)
-            bar.write(f"step {step:>9,}{describe(history[-1])}  best {best:.4g}  left {left}")
+            for key in list(row)[2:]:
+                writer.add_scalar(key if "/" in key else f"eval/{key}", row[key], step)
+            shown = [k for k in row if k[:5] in ("retur", "score") and "_std" not in k]
+            shown = [f"  {k} {row[k]:.4g}" for k in shown or list(row)[2:]]
+            best = max(x.get("return_mean", math.nan) for x in history)
+            bar.write(f"step {step:>9,}{''.join(shown)}  best {best:.4g}  left {left}")
             if last:
                 save()
         if stop and not last:
@@ -666,13 +666,6 @@ def train(args: Args) -> list[dict[str, float]]:
     bar.close()
     check(last, f"Saved at step {step:,}; the same command with --resume goes on.")
     return history
-
-
-def describe(row: dict) -> str:
-    """Returns and scores; of a run without an environment the validation losses."""
-    keys = [key for key in row if key.startswith(("return_mean", "score"))]
-    keys = keys or [key for key in row if key.startswith("validation")]
-    return "".join(f"  {key.replace('_mean', '')} {row[key]:.4g}" for key in keys)
 
 
 def adam(of: nn.Module | list, learning_rate: float, **options) -> torch.optim.Adam:

@@ -47,7 +47,8 @@ BLOCKS = {
 VARIANTS = {
     "sac.py": (
         "    data, task = load_dataset(args.dataset, args.env_id)\n",
-        "    offline = load_dataset(args.dataset, args.env_id) if args.offline else None\n",
+        "    data, task = load_dataset(args.dataset, args.env_id) if args.offline else"
+        " empty_buffer(args)\n",
     )
 }
 

@@ -311,8 +311,7 @@ def test_the_worked_example_does_what_it_says(weighted, pendulum_file, tmp_path)
     data = {key: torch.as_tensor(array) for key, array in data.items()}
     flags = tiny("weighted_bc", dataset=str(pendulum_file))
     cold, hot = (
-        module.Learner(data, task, module.Args(**flags, temperature=t)).w[:, 0]
-        for t in (1e-3, 1e6)
+        module.Learner(data, task, module.Args(**flags, temperature=t)).w[:, 0] for t in (1e-3, 1e6)
     )
     best = data["returns_to_go"][::200, 0].argmax()  # of 8 episodes of 200 steps
     best = data["episodes"] == best

@@ -175,6 +175,15 @@ def test_an_environment_of_a_module(train, module, pendulum, toy_env, elsewhere)
     assert [row["return_mean"] for row in train(dataset="toy.npz", env_id=toy_env)] == [5, 5]
 
 
+def test_several_actions_and_terminals(train, hopper, elsewhere):
+    """Hopper: three actions, about as many falls as timeouts."""
+    write_hdf5(elsewhere / "hop.hdf5", hopper, env_id="Hopper-v5")
+    history = train(dataset="hop.hdf5")
+    assert [row["step"] for row in history] == [10, 20]
+    assert all(math.isfinite(value) for row in history for value in row.values())
+    assert history[-1]["length_mean"] > 5
+
+
 @only_bc
 def test_episodes_held_out_are_whole_random_and_not_trained_on(train, module, elsewhere):
     """Every row says which episode it is of: the learner's and the validation's share none."""

@@ -26,7 +26,7 @@ FOLDER = Path(__file__).resolve().parent
 PAGE = FOLDER.parent / "families.md"
 MODES = torch.tensor([[-0.6, -0.4], [0.6, 0.4]])
 SMALLER = 0.3  # share of the second mode
-RADIUS, WIDTH = 0.7, 0.06  # of the ring; deviation of ring and modes
+RADIUS, WIDTH = 0.7, 0.06  # of the ring; standard deviation of ring and modes
 
 
 @dataclass
@@ -288,7 +288,7 @@ def energy_distance(x, y):
 
 
 def outside(a, state):
-    """Share of actions four deviations or more away from everything that is right."""
+    """Share of actions four standard deviations or more away from all that is right."""
     away = torch.cdist(a, MODES).amin(1) if state == 0 else (a.norm(dim=1) - RADIUS).abs()
     return float((away > 4 * WIDTH).float().mean())
 
