@@ -165,9 +165,10 @@ class TwinCritic(nn.Module):
 
     def forward(self, s, a):
         x = torch.cat([s, a], dim=-1).expand(2, -1, -1)  # (2, B, S + A)
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
+        weights, biases = list(self.weights), list(self.biases)
+        for weight, bias in zip(weights[:-1], biases[:-1]):
             x = torch.baddbmm(bias, x, weight).relu_()  # (2, B, H)
-        return torch.baddbmm(self.biases[-1], x, self.weights[-1])  # (2, B, 1)
+        return torch.baddbmm(biases[-1], x, weights[-1])  # (2, B, 1)
 
 
 class Policy(nn.Module):

@@ -200,6 +200,8 @@ def test_follow_undoes_standardise():
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     far, _ = agent.model.follow(s, 1e6 * torch.ones_like(x))
     torch.testing.assert_close(far, (s_next.maximum(s).amax(0) + 1).expand_as(s))
+    far, _ = agent.model.follow(s, -1e6 * torch.ones_like(x))
+    torch.testing.assert_close(far, (s_next.minimum(s).amin(0) - 1).expand_as(s))
 
 
 def unrecorded(rows, rule=None):
@@ -228,7 +230,7 @@ def test_dynamics_are_learnt_from_recorded_successors_alone(monkeypatch):
     drawn = set()
     for _ in range(30):
         agent.update_model()
-        _, s, r, s_next = seen.pop()
+        *_, r, s_next = seen.pop()
         assert s_next.abs().max() < 20
         drawn |= set(r.flatten().tolist())
     assert drawn == set(rows["rewards"][~lost].flatten().tolist())
@@ -295,7 +297,7 @@ def test_discriminator_is_at_a_loss_before_perfect_samples_and_sure_before_poor_
     for _ in range(300):
         metrics = agent.update_discriminator(*torch.randn(3, 64, 2 * S + A + 1))
         far = other.update_discriminator(*torch.randn(3, 64, 2 * S + A + 1) * 0.3 + _apart())
-    assert metrics["losses/discriminator"] == pytest.approx(math.log(4), abs=0.1)
+    assert metrics["losses/discriminator"].item() == pytest.approx(math.log(4), abs=0.1)
     assert far["discriminator/real"] > 0.95 and far["discriminator/fake"] > 0.95
     assert far["discriminator/far"] > 0.95
 
@@ -369,6 +371,7 @@ def test_kinds_of_doubt():
         torch.manual_seed(0)
         agent = learner(penalty=kind, ensemble=3)
         agent.discriminator[-1].weight.data *= 30  # D of all sizes
+        agent.discriminator[-1].bias.data += 0.8
         u[kind] = agent.uncertainty(s, a, x, mu, sigma)
         assert u[kind].shape == (9, 1)
         d = torch.sigmoid(agent.discriminator(torch.cat([s, a, x], dim=-1)))
@@ -411,6 +414,20 @@ def test_branches_begin_at_data_and_go_on():
     assert among(s[0], agent.data[0]) and not among(s[1], agent.data[0])
     assert torch.equal(s[1:], s_next[:-1]) and not d.any()
     assert a.abs().max() <= 1 and r.std() > 0
+
+
+def test_every_imagined_step_is_a_random_members():
+    agent = learner(ensemble=3)
+    agent.model.weights[-1].data.zero_()
+    last = agent.model.biases[-1].data
+    last[..., : S + 1], last[..., S + 1 :] = torch.arange(3.0)[:, None, None], -9  # hardly any σ
+    s, a, *_ = agent.data
+    s_next, r, _ = agent.imagine(s, a)
+    member = (r - agent.model.x_mean[-1]) / agent.model.x_std[-1]
+    torch.testing.assert_close(member, member.round(), atol=0.05, rtol=0)
+    assert member.round().unique().tolist() == [0, 1, 2]  # and of one for all its numbers
+    wanted, _ = agent.model.follow(s, member.round().expand(-1, S + 1))
+    torch.testing.assert_close(s_next, wanted, atol=0.1, rtol=0)
 
 
 def test_an_ended_branch_begins_anew_at_data(monkeypatch):
@@ -493,11 +510,12 @@ def test_first_the_model_then_rollouts_and_the_policy():
 
 
 def test_the_ring_is_in_the_checkpoint():
-    agent = learner(rollout_batch=8)
+    rows = data()
+    agent = learner(rows, rollout_batch=8)
     agent.roll_out()
     state = agent.state_dict()
     assert state["count"] == 40 and state["imagined"][:40].any(1).all()
-    other = learner(rollout_batch=8)
+    other = learner(rows, rollout_batch=8)
     other.load_state_dict(state)
     torch.manual_seed(1)
     one = agent.sample()
