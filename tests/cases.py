@@ -130,9 +130,13 @@ CASES = {
         VALUE | {"cvae_dim": 128},
         early_at=0.5,
         early=20,
-        end=87,
-        above={"bc_all": 35, "td3_bc_4000": 10},
-        ablations={"xi fixed": {"xi": "fixed"}, "xi shuffled": shuffle_condition},
+        end=72,
+        above={"bc_all": 30, "td3_bc_4000": 5},
+        ablations={
+            "xi fixed": {"xi": "fixed"},
+            # Does not fail here (80 to 85): a third of the data is an expert's. It does below.
+            "xi shuffled": shuffle_condition,
+        },
     ),
     "a2po_scarce": Case(
         "a2po",
@@ -140,7 +144,7 @@ CASES = {
         SCARCE,
         early_at=0.5,
         early=15,
-        end=55,
+        end=58,
         above={"bc_scarce": 40, "td3_bc_scarce": 35},
         ablations={"xi fixed": {"xi": "fixed"}, "xi shuffled": shuffle_condition},
     ),
@@ -181,7 +185,7 @@ CASES = {
         "cql",
         VALUE | {"hidden_dim": 64, "batch_size": 128, "n_actions": 4, "policy_learning_rate": 1e-3},
         NARROW,
-        end=32,
+        end=45,
         ablations={"alpha 0": {"cql_alpha": 0.0}},
     ),
     "rebrac": Case(
@@ -189,7 +193,7 @@ CASES = {
         VALUE | {"batch_size": 256, "actor_bc": 0.5, "critic_bc": 0.1},
         NARROW,
         early=12,
-        end=25,
+        end=40,
         ablations={"no penalties": {"actor_bc": 0.0, "critic_bc": 0.0}},
     ),
     "diffusion_ql": Case(

@@ -370,8 +370,9 @@ def test_kinds_of_doubt():
     for kind in ("discriminator", "aleatoric", "disagreement", "moan", "none"):
         torch.manual_seed(0)
         agent = learner(penalty=kind, ensemble=3)
-        agent.discriminator[-1].weight.data *= 30  # D of all sizes
-        agent.discriminator[-1].bias.data += 0.8
+        agent.discriminator[-1].weight.data *= 300  # D of all sizes
+        logit = agent.discriminator(torch.cat([s, a, x], dim=-1)).detach()
+        agent.discriminator[-1].bias.data -= logit.median()
         u[kind] = agent.uncertainty(s, a, x, mu, sigma)
         assert u[kind].shape == (9, 1)
         d = torch.sigmoid(agent.discriminator(torch.cat([s, a, x], dim=-1)))
