@@ -616,9 +616,11 @@ def train(args: Args) -> list[dict[str, float]]:
         torch.save(state, folder / "checkpoint.tmp")
         (folder / "checkpoint.tmp").replace(checkpoint)  # at once: a crash leaves the old one
 
+    def interrupt(*_):  # heard between two updates; a second one stops at once
+        interrupted.append(1) if not interrupted else sys.exit(1)
+
     interrupted, metrics = [], {}
-    for number in (signal.SIGINT, signal.SIGTERM):  # heard between two updates; the second at once
-        signal.signal(number, lambda *_: interrupted.append(1) if not interrupted else sys.exit(1))
+    handlers = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     fast = functools.cache(graphed if cuda and args.cuda_graph else lambda update: update)
     began, said = time.time() - seconds, time.time()
     bar = tqdm(total=args.steps, initial=start, unit="step", disable=None)
@@ -671,8 +673,8 @@ def train(args: Args) -> list[dict[str, float]]:
                 save()
         if stop and not last:
             break
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     writer.close()
     bar.close()
     check(last, f"Saved at step {step:,}; the same command with --resume goes on.")

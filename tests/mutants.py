@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -92,6 +93,7 @@ def mutants(name: str) -> list[Mutant]:
 def noticed(job: tuple[str, Mutant]) -> str:
     """The first test that fails on the mutant, or nothing."""
     name, mutant = job
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("SIGTERM"))  # a mutant may not hear it
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "algorithms"
         shutil.copytree(ALGORITHMS, copy)

@@ -1,10 +1,12 @@
 """The figures of docs/algorithms/gan_world_model.md: how fast the world model's errors grow, and
-whether a penalty knows where they are. Needs matplotlib; a few minutes on one CPU thread.
+whether a penalty knows where they are. Needs matplotlib; a few minutes on one CPU thread. The
+numbers, of every seed, are written to a CSV file beside the figures.
 
     python docs/figures/gan_world_model.py --dataset pendulum-medium-replay
     python docs/figures/gan_world_model.py --dataset hopper-medium-replay
 """
 
+import csv
 import importlib.util
 import sys
 from dataclasses import dataclass, replace
@@ -18,6 +20,7 @@ import tyro
 from matplotlib.ticker import LogLocator, NullFormatter
 
 DOCS = Path(__file__).resolve().parents[1]
+FOLDER = DOCS / "algorithms" / "gan_world_model"
 HORIZON = 20
 
 
@@ -106,6 +109,7 @@ def main(args: Args) -> None:
     held_out = np.flatnonzero(unseen & arrays["recorded"])
     data = {key: torch.as_tensor(array[~unseen]) for key, array in arrays.items()}
     s_true, a_true = windows(arrays, held_out, args.rows, rng)
+    table = [("what", "kind", "seed", "of", "value")]
 
     # Errors of open-loop prediction.
     default = module.Args.adversarial_weight
@@ -115,6 +119,10 @@ def main(args: Args) -> None:
         learners = [train(module, data, task, args, seed, weight) for seed in args.seeds]
         errors = np.array([open_loop(learner, s_true, a_true) for learner in learners])
         steps = np.arange(1, HORIZON + 1)
+        for seed, row in zip(args.seeds, errors.tolist()):
+            table += [
+                ("open loop error", weight, seed, f"{k} steps", x) for k, x in zip(steps, row)
+            ]
         (line,) = axes.plot(steps, errors.mean(0), label=label)
         axes.fill_between(steps, errors.min(0), errors.max(0), alpha=0.2, color=line.get_color())
         print(f"{label}: after 1, 5, 20 steps {errors.mean(0)[[0, 4, 19]].round(4)}")
@@ -127,16 +135,14 @@ def main(args: Args) -> None:
     # Penalties against the error that they stand for: at the logged actions, and at uniform ones,
     # whose successors the simulator knows.
     i = rng.choice(held_out, min(args.rows, len(held_out)), replace=False)
-    s, logged, (low, high) = (
-        arrays["observations"][i],
-        arrays["actions"][i],
-        np.array(task["bounds"]),
-    )
+    s, logged = arrays["observations"][i], arrays["actions"][i]
+    low, high = np.array(task["bounds"])
     uniform = rng.uniform(-1, 1, logged.shape).astype(np.float32)
-    names = {"discriminator": "-log D", "aleatoric": "largest σ", "disagreement": "disagreement"}
-    figure, panels = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True, layout="constrained")
+    names = {"discriminator": "-log D", "aleatoric": "largest σ", "moan": "MOAN's"}
+    names |= {"disagreement": "disagreement"}
+    figure, panels = plt.subplots(1, 4, figsize=(13, 3.2), sharey=True, layout="constrained")
     found = {kind: {"all": [], "logged": [], "uniform": []} for kind in names}
-    for learner in learners:  # those of the default weight
+    for seed, learner in zip(args.seeds, learners):  # those of the default weight
         drawn = learner is learners[0]
         errors, doubts = [], {kind: [] for kind in names}
         for action in (logged, uniform):
@@ -160,6 +166,8 @@ def main(args: Args) -> None:
                     panel.scatter(doubt[:600], error[:600], s=3, alpha=0.5, label=f"{name} actions")
             both = np.concatenate(doubts[kind]), np.concatenate(errors)
             found[kind]["all"].append(rank_correlation(*both))
+            last = [(of, values[-1]) for of, values in found[kind].items()]
+            table += [("rank correlation", kind, seed, of, value) for of, value in last]
     for (kind, label), panel in zip(names.items(), panels):
         mean = {name: np.mean(values) for name, values in found[kind].items()}
         print(kind, {name: round(float(value), 2) for name, value in mean.items()})
@@ -172,12 +180,13 @@ def main(args: Args) -> None:
     panels[0].legend(frameon=False, fontsize=8, markerscale=3, loc="lower right")
     figure.suptitle(f"{args.dataset}: penalty against true error", fontsize=11)
     save(figure, args, "penalty")
+    with open(FOLDER / f"{Path(args.dataset).stem}.csv", "w", newline="") as file:
+        csv.writer(file).writerows(table)
 
 
 def save(figure, args: Args, name: str) -> None:
-    folder = DOCS / "algorithms" / "gan_world_model"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{Path(args.dataset).stem}_{name}.png"
+    FOLDER.mkdir(exist_ok=True)
+    path = FOLDER / f"{Path(args.dataset).stem}_{name}.png"
     figure.savefig(path, dpi=110, bbox_inches="tight")
     print(path, f"{path.stat().st_size / 1000:.0f} KB")
 
