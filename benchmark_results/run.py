@@ -7,9 +7,10 @@
 
 --dry-run prints the commands instead. Every run writes to <runs>/<algorithm>/<data set>/seed<k>;
 what it prints is in log.txt there, and its config.json gets the git commit, the threads and the CPU
-seconds. Run the line again after a crash: a finished run is skipped, an unfinished one goes on from
-its checkpoint, at most --save-every steps or one evaluation old. A run that fails keeps none of the
-others from ending; it is listed at the end, and the exit status is 1.
+seconds. Run the line again after Ctrl-C, at which every run saves itself, or after a crash, which
+costs what came after the last checkpoint (--save-every, and each evaluation): a finished run is
+skipped, the others go on. A run that fails keeps none of the others from ending; it is listed at
+the end with its last line, and the exit status is 1.
 
 --cpu-minutes M compares at equal time instead of equal steps: every run stops when its process has
 used M minutes of CPU time, user and system, its children included, as the operating system counts
@@ -579,6 +580,7 @@ def main(args: Args) -> None:
             "The runner needs Ray: pip install -r benchmark_results/requirements.txt"
         ) from None
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a share of 0 hides no GPU
+    os.environ.setdefault("RAY_kill_child_processes_on_worker_exit", "0")  # they save themselves
     ray.init(address=args.address or None, include_dashboard=False, log_to_driver=False)
     has, needs = ray.cluster_resources(), {"CPU": args.cpus_per_run, "GPU": args.gpus_per_run}
     fits = [int(has.get(key, 0) / need) for key, need in needs.items() if need]

@@ -28,7 +28,7 @@ every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 
 def arguments(path) -> dict[str, str | None]:
-    """Field of Args -> the comment behind it."""
+    """Field of Args -> the comment behind it, or above it."""
     text = path.read_text()
     tree, lines = ast.parse(text), text.split("\n")
     body = next(x for x in tree.body if isinstance(x, ast.ClassDef) and x.name == "Args").body
@@ -36,8 +36,9 @@ def arguments(path) -> dict[str, str | None]:
     for node in body:
         if isinstance(node, ast.AnnAssign):
             assert node.lineno == node.end_lineno, f"{node.target.id} takes more than a line"
-            comment = re.search(r"  # (.+)$", lines[node.lineno - 1][node.end_col_offset :])
-            found[node.target.id] = comment[1] if comment else None
+            comment = re.search(r"  # (.+)$", lines[node.lineno - 1])
+            above = re.fullmatch(r" +# (.+)", lines[node.lineno - 2])  # where there is no room
+            found[node.target.id] = (comment or above or [None, None])[1]
     return found
 
 
