@@ -280,16 +280,24 @@ def test_a_linear_system_is_learnt():
 # ----------------------------------------------------------------------------------- Adversary
 
 
-def test_gradient_penalty_is_the_squared_slope_at_transitions():
-    parts = [torch.randn(32, 2 * S + A + 1) for _ in range(3)]
-    found = []
-    for weight in (0.0, 10.0):
-        torch.manual_seed(0)
-        agent = learner(gradient_penalty=weight)
-        x = parts[0].clone().requires_grad_()
-        (slope,) = torch.autograd.grad(agent.discriminator(x).sum(), x)
-        found.append(agent.update_discriminator(*map(torch.clone, parts))["losses/discriminator"])
-    torch.testing.assert_close(found[1] - found[0], 5 * slope.square().sum(1).mean())
+@pytest.mark.parametrize("weight", [0.0, 10.0])
+def test_the_discriminators_loss(weight):
+    """Labels, and the squared slope at transitions: their value, their gradient, D's alone."""
+    agent = learner(gradient_penalty=weight)
+    agent.discriminator[-1].weight.data *= 30
+    real, fake, far = torch.randn(3, 32, 2 * S + A + 1)
+    x = real.clone().requires_grad_()
+    judged = [torch.sigmoid(agent.discriminator(part)) for part in (x, fake, far)]
+    (slope,) = torch.autograd.grad(agent.discriminator(x).sum(), x, create_graph=True)
+    loss = -judged[0].log() - 0.5 * (1 - judged[1]).log() - 0.5 * (1 - judged[2]).log()
+    loss = loss.mean() + weight / 2 * slope.square().sum(1).mean()
+    parameters = list(agent.discriminator.parameters())
+    wanted = torch.autograd.grad(loss, parameters)
+    found = agent.update_discriminator(real, fake, far)["losses/discriminator"]
+    torch.testing.assert_close(found, loss)
+    for parameter, gradient in zip(parameters, wanted):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
+    assert all(parameter.grad is None for parameter in agent.model.parameters())
 
 
 def test_discriminator_is_at_a_loss_before_perfect_samples_and_sure_before_poor_ones():
@@ -429,6 +437,17 @@ def test_every_imagined_step_is_a_random_members():
     assert member.round().unique().tolist() == [0, 1, 2]  # and of one for all its numbers
     wanted, _ = agent.model.follow(s, member.round().expand(-1, S + 1))
     torch.testing.assert_close(s_next, wanted, atol=0.1, rtol=0)
+
+
+def test_imagined_steps_are_samples():
+    agent = learner(ensemble=1)
+    s, a, *_ = agent.data
+    one, other = (torch.cat(agent.imagine(s, a)[:2], dim=-1) for _ in range(2))
+    _, sigma = agent.model(s, a)
+    spread = (one - other)[:, -1].std() / 2**0.5  # of the reward, which has no bounds
+    wanted = agent.model.x_std[-1] * sigma[0, :, -1].square().mean().sqrt()
+    assert spread.item() == pytest.approx(wanted.item(), rel=0.3)
+    assert ((one - other).abs() > 0).float().mean() > 0.9
 
 
 def test_an_ended_branch_begins_anew_at_data(monkeypatch):
