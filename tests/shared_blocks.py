@@ -10,8 +10,8 @@ from pathlib import Path
 
 ALGORITHMS = Path(__file__).resolve().parents[1] / "algorithms"
 
-# name: (file with the original, pattern of the block, the files that have it, or None for all but
-# those that are named after it)
+# name: (file with the original, pattern of the block, the files that have it, a file without it);
+# ALL but that file, where the third says so
 ALL = None
 BLOCKS = {
     "run flags": (
@@ -30,6 +30,16 @@ BLOCKS = {
         "sac.py",
         r"class TwinCritic\(.*?(?=\n\n\n)",
         ("sac.py", "iql.py", "cql.py", "diffusion_ql.py", "gan_world_model.py"),
+    ),
+    "SAC's policy": (
+        "sac.py",
+        r"class Policy\(.*?(?=\n\n\n)",
+        ("sac.py", "gan_world_model.py"),
+    ),
+    "SAC's losses": (
+        "sac.py",
+        r"    def critic_loss\(.*?(?=\n\n    def validate)",
+        ("sac.py", "gan_world_model.py"),
     ),
     "data set": (
         "bc.py",
