@@ -508,6 +508,37 @@ def test_evaluate_needs_the_checkpoint_alone(train, module, pendulum_file, elsew
     assert sorted(elsewhere.rglob("*")) == before  # nothing is written
 
 
+@pytest.mark.parametrize(
+    "name, flags, seen",
+    [
+        ("a2po", dict(eval_xi=(-1.0,)), lambda row, policy: "score_xi_-1" in row),
+        (
+            "decision_transformer",
+            dict(target_returns=(-100.0, -900.0)),
+            lambda row, policy: any("900" in key for key in row),
+        ),
+        ("diffusion_ql", dict(candidates=3), lambda row, policy: policy.candidates == 3),
+        ("vae_bc", dict(act="mean"), None),
+        ("flow_bc", dict(eval_act=("mode", "zero")), lambda row, policy: len(row) > 8),
+    ],
+)
+def test_evaluate_obeys_the_flags_of_acting(name, flags, seen, pendulum_file, monkeypatch):
+    module = load(name)
+    module.train(module.Args(**tiny(name, dataset=str(pendulum_file), run_dir="run", eval_every=0)))
+    loaded, real = [], module.load_policy
+    monkeypatch.setattr(
+        module, "load_policy", lambda *a, **k: loaded.append(real(*a, **k)) or loaded[0]
+    )
+    args = dict(evaluate="run", device="cpu", eval_episodes=1) | flags
+    [row] = module.train(module.Args(**args))
+    assert loaded[0].flags and set(flags) <= set(loaded[0].flags)
+    if seen:
+        assert seen(row, loaded[0])
+    else:  # the mean latent is a function of the state
+        s = np.random.default_rng(0).normal(size=(5, 3))
+        assert (loaded[0].act(s) == loaded[0].act(s)).all()
+
+
 @only_bc
 def test_evaluate_in_another_environment(train, module, pendulum, elsewhere):
     arrays = pendulum | {"actions": pendulum["actions"] / 2}
