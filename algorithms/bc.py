@@ -442,6 +442,7 @@ def train(args: Args) -> list[dict[str, float]]:
         old, new = saved["args"] | saved["task"], asdict(args) | task
         changed = [f"{key} {old[key]}" for key in old if old[key] != new[key] and key not in free]
         check(not changed, f"--resume: {checkpoint} was made with {', '.join(changed)}.")
+        check(start <= args.steps, f"--resume: {checkpoint} is at step {start:,}, past --steps.")
         learner.load_state_dict(saved["learner"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

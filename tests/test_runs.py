@@ -379,6 +379,8 @@ def test_resume_names_all_other_flags(train):
         train(resume=True, hidden_dim=8, learning_rate=0.1, seed=3)
     assert "checkpoint.pt" in str(said.value)
     assert saved()["step"] == 20
+    with pytest.raises(SystemExit, match=r"step 20.*--steps"):
+        train(resume=True, steps=10)
     train(resume=True, steps=40, eval_episodes=3, save_every=7, threads=2)  # these are free
     torch.set_num_threads(1)
 
