@@ -30,7 +30,7 @@ LOGS_MORE = {
     "decision_transformer": dict(target_returns=(3600.0, 1800.0)),
     "flow_bc": dict(eval_act=("mode", "zero")),
 }
-OTHERS_FLAGS = {"--help", "--strict", "--write"}  # of tyro, mkdocs, tests/shared_blocks.py
+OTHERS_FLAGS = {"--help", "--strict", "--write", "--dist"}  # of tyro, mkdocs, tests, pytest
 
 SECTIONS = ["In the file", "Usage", "Act with a trained policy", "What is logged", "Details"]
 SECTIONS += ["Differences", "Results"]
