@@ -19,7 +19,7 @@ too. What a killed run had done since its last checkpoint is done again and coun
 --override names no eval-every, a probe of some seconds for each algorithm and data set chooses it,
 for about --evaluations in the time. A file that does its --steps in less time ends earlier.
 
-Ray schedules: here one process and one thread per CPU core, or several processes per GPU
+Ray schedules: here one process and one thread per CPU core (--cpus: of so many), or several per GPU
 (--gpus-per-run); on a cluster with --address, where every node needs this folder, and the one that
 the line is typed in, at the same path.
 """
@@ -30,6 +30,7 @@ import fcntl
 import fnmatch
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
@@ -100,6 +101,7 @@ class Args:
     tag: str = ""  # suffix of the algorithm's folder, for other flags: wide writes a2po_wide
     device: str = ""  # as in the files; empty: cuda if there is one, else cpu
     matmul_precision: str = "high"  # as in the files
+    cpus: int = 0  # CPU cores of this machine to use at once; 0: all, or the cluster's
     cpus_per_run: float = 1  # CPU cores, and threads, of a run
     gpus_per_run: float = 0  # share of a GPU that a run takes: 0.125: eight side by side on each
     address: str = ""  # a Ray cluster; empty: this machine
@@ -558,6 +560,10 @@ def progress(jobs: list[Job], minutes: float, side_by_side: int) -> tuple[float,
 
 
 def main(args: Args) -> None:
+    if args.cpus and args.address:
+        raise SystemExit(
+            "--cpus is of this machine alone: a cluster (--address) has its own number."
+        )
     jobs = plan(args)
     waiting = [job for job in jobs if not job.finished]
     print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them done, {len(waiting)} to do")
@@ -581,7 +587,9 @@ def main(args: Args) -> None:
         ) from None
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a share of 0 hides no GPU
     os.environ.setdefault("RAY_kill_child_processes_on_worker_exit", "0")  # they save themselves
-    ray.init(address=args.address or None, include_dashboard=False, log_to_driver=False)
+    quiet = dict(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    ray.init(address=args.address or None, num_cpus=args.cpus or None, **quiet)
     has, needs = ray.cluster_resources(), {"CPU": args.cpus_per_run, "GPU": args.gpus_per_run}
     fits = [int(has.get(key, 0) / need) for key, need in needs.items() if need]
     if not min(fits, default=1):
