@@ -8,7 +8,7 @@ condition ξ, which says how good the action was. An actor in the CVAE's latent 
 the best ones, ξ* = 1, climbs Q there, and stays near the data at the data's own ξ. V has Q's target
 but does not see the action, so Q - V is the logged action's advantage over the data's average.
 
-    condition     ξ = tanh((min_i Q_i(s, a) - V(s)) / σ_A),      c = (s, ξ),  c* = (s, 1)
+    condition     ξ = tanh((min_i Q_i(s, a) - V(s)) / σ),        c = (s, ξ),  c* = (s, 1)
     behaviour     L(CVAE) = |a - p(z, c)|² / A + β KL(q(z | a, c) || N(0, I)) / 2A,   z ~ q
     evaluation    y = r + γ (1 - d) min_i Q'_i(s', a*(s') + ε),  a*(s) = p(π(c*), c*)
                   L(Q_i) = (Q_i(s, a) - y)²,   L(V) = (V(s) - y)²
@@ -23,16 +23,15 @@ Measured: scores at the end (TD3+BC, BC), 100,000 steps, three seeds, half an ho
 
 Differs from the paper / official code, which is `--tau 0.005 --cvae-dim 750 --reward-scale 100
 --xi-norm none --xi-critic q1 --kl-weight 1 --cvae-min-steps 0`:
-- τ is 0.02, and as there targets move at every second step. On hopper-medium-replay the first score
-  above 50 came after 20,000 to 25,000 steps (three seeds), with 0.005 after 65,000 (one seed).
+- τ is 0.02: on hopper-medium-replay 50 is passed after 25,000 steps, with 0.005 after 65,000.
 - The code has rewards times 100, the paper does not: Q - V is in the hundreds, ξ is a sign. Here
-  σ_A, the advantage's running standard deviation, keeps ξ graded; the paper has no σ_A.
+  σ, the advantage's running standard deviation, keeps ξ graded; the paper has no σ.
 - The CVAE has 256 units, not 750, and β is 0.5 as in BCQ: the paper gives none, the code has 1.
-- The CVAE trains beside actor and critics as in the code (the paper: before them), for a fifth of
-  the steps, but at least --cvae-min-steps. Then it is frozen; no run above was long enough for it.
+- The CVAE trains beside actor and critics as in the code (the paper: before them), then is frozen.
 - ξ takes the smaller critic as in the paper (the code: Q_1), before this step's update (the code:
   after it). λ averages |Q_1| over the policy's actions as in the code (the paper: the data's).
 - 5 % of the episodes are held out for validation losses (--validation-fraction 0: none).
+MIT licence, (c) 2026 The CleanDGM developers. Please cite the paper above and CleanDGM.
 """
 
 import contextlib
@@ -69,7 +68,7 @@ class Args:
     """A2PO: a CVAE separates the data's actions by advantage, a latent actor asks for the best."""
 
     xi: Literal["continuous", "discrete", "fixed"] = "continuous"  # tanh, its sign, or always 1
-    xi_norm: Literal["running", "none"] = "running"  # divide the advantage by σ_A, or do not
+    xi_norm: Literal["running", "none"] = "running"  # divide the advantage by σ, or do not
     xi_critic: Literal["min", "q1"] = "min"  # Q in the advantage: the smaller one, or Q_1
     xi_epsilon: float = 0.0  # discrete: conditions within this distance of 0 count as 0
     eval_xi: tuple[float, ...] = ()  # further conditions to evaluate at, e.g. -1 0; 1 always is
@@ -218,6 +217,7 @@ class A2PO(nn.Module):
         self.actor_target, self.critic_target = map(copy.deepcopy, (self.policy.actor, self.critic))
         self.register_buffer("sigma_a", torch.ones((), device=device))
         self.data = self.columns(data)
+        self.floor, self.ceiling = (x / (1 - args.gamma) for x in self.data[2].aminmax())
         self.actor_optimizer = adam(self.policy.actor, args.learning_rate)
         cvae = nn.ModuleList((self.policy.encoder, self.policy.decoder))
         self.cvae_optimizer = adam(cvae, args.learning_rate)
@@ -273,7 +273,9 @@ class A2PO(nn.Module):
         q, v = self.critic(s, a), self.v(s)  # (2, B, 1), (B, 1)
         loss = (q - y).square().mean((1, 2)).sum() + (v - y).square().mean()
         advantage = ((q.amin(0) if self.args.xi_critic == "min" else q[0]) - v).detach()
-        return {"losses/critic": loss, "values/q": q.mean(), "values/v": v.mean()}, advantage
+        height = ((q.mean() - self.floor) / (self.ceiling - self.floor)).nan_to_num()
+        metrics = {"values/q": q.mean(), "values/q_over_ceiling": height, "values/v": v.mean()}
+        return metrics | {"losses/critic": loss}, advantage
 
     def update_critic(self, s, a, r, s_next, d):
         metrics, advantage = self.critic_loss(s, a, r, s_next, d)
@@ -350,6 +352,7 @@ Learner = A2PO  # the name by which the training loop knows it
 # D4RL's returns of a random and of an expert policy, which score 0 and 100.
 SCORES = {"HalfCheetah": (-280.178953, 12135.0), "Hopper": (-20.272305, 3234.3)}
 SCORES |= {"Walker2d": (1.629008, 4592.3), "Ant": (-325.6, 3879.7)}
+OURS = Path(__file__).resolve().parent.parent / "datasets"
 COLUMNS = "terminals timeouts rewards actions observations next_observations final_observations"
 ABOUT = "action_low action_high ref_min_score ref_max_score"
 
@@ -373,15 +376,14 @@ def explained(what: str):
 def read_dataset(name: str) -> dict:
     """An .hdf5 or .npz file (a path, or a name in datasets/) or a Minari data set (a folder, or an
     id) as it is: arrays with a row per transition, and what it says of itself."""
-    ours = Path(__file__).resolve().parent.parent / "datasets"
-    file = next((p for p in (Path(name), ours / f"{name}.hdf5") if p.is_file()), None)
+    file = next((p for p in (Path(name), OURS / f"{name}.hdf5") if p.is_file()), None)
     if file:
         with np.load(file) if file.suffix == ".npz" else h5py.File(file) as found:
             keys = [key for key in f"{COLUMNS} {ABOUT} truncations env_id".split() if key in found]
             return {**getattr(found, "attrs", {}), **{key: found[key][()] for key in keys}}
     folder = next((p for p in (name, f"{name}/data") if Path(p, "metadata.json").exists()), "")
     is_id = re.fullmatch(r"([\w-]+/)+[\w-]+-v\d+", name) or name in minari.list_local_datasets()
-    there = f"at hand are {', '.join(sorted(path.stem for path in ours.glob('*.hdf5')))}"
+    there = f"at hand are {', '.join(sorted(path.stem for path in OURS.glob('*.hdf5')))}"
     make = f"`python datasets/make.py {name}` makes or fetches what is ours or D4RL's (--list)"
     check(folder or is_id, f"No data set '{name}': {there}; {make}.")
     data = minari.MinariDataset(folder) if folder else minari.load_dataset(name, download=True)
@@ -479,7 +481,7 @@ def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], di
 
 def make_env(task: dict, **options) -> gym.Env:
     """The task's environment: an id, also module:Id, or a specification in JSON as Minari has."""
-    sys.path += [""] * ("" not in sys.path)  # modules of the current folder, too
+    sys.path += [x for x in ("", str(OURS)) if x not in sys.path]  # for modules of these folders
     env, of = task["env"], f"Environment {task['env'][:50]} (--env-id)"
     with explained(of):
         env = gym.make(EnvSpec.from_json(env) if env[0] == "{" else env, **options)
@@ -652,11 +654,11 @@ def train(args: Args) -> list[dict[str, float]]:
             save()
         if evaluates:
             row = {"step": step, "seconds": round(time.time() - began, 1)}
+            video = folder / "video" if args.capture_video and last else ""
             learner.eval()
             with torch.random.fork_rng(cuda), torch.no_grad():
                 torch.manual_seed(0)  # for policies that sample; training's numbers are kept
                 if task["env"] != "none":
-                    video = folder / "video" if args.capture_video and last else ""
                     seed = 1_000_003 * args.seed + step
                     row |= evaluate(learner.policy, task, args.eval_episodes, seed, video)
                 losses = learner.validate(validation) if len(held_out) else {}
@@ -671,7 +673,7 @@ def train(args: Args) -> list[dict[str, float]]:
             shown = [k for k in row if k[:5] in ("retur", "score") and "_std" not in k]
             shown = [f"  {k} {row[k]:.4g}" for k in shown or list(row)[2:]]
             best = max(x.get("return_mean", math.nan) for x in history)
-            bar.write(f"step {step:>9,}{''.join(shown)}  best {best:.4g}  left {left}")
+            bar.write(f"step {step:>9,}{''.join(shown)}  best {best:.4g}  left {left}  {video}")
             if last:
                 save()
         if stop and not last:

@@ -7,31 +7,22 @@ the data do not show is then not worth trying, so the policy needs no cloning te
 
     y      = r + γ (1 - d) min_i Q'_i(s', a'),   a' ~ π(·|s')
     L(Q_i) = (Q_i(s, a) - y)² + α_cql (log Σ_j exp(Q_i(s, a_j) - log p(a_j)) - Q_i(s, a))
+             a_j ~ p: n uniform ones, n of π(·|s) and n of π(·|s'), all valued at s
     L(π)   = α log π(ã|s) - min_i Q_i(s, ã),   ã ~ π(·|s)
     L(α)   = -log α (log π(ã|s) + H̄),   H̄ = -A
-
-The a_j are n uniform ones, n of π(·|s) and n of π(·|s'), all valued at s; log p is the density they
-were drawn with, which makes the sum an estimate of an integral over all actions. It is a sum over
-3n samples and no mean: the gap of a Q that says the same everywhere is log 3n + A log 2.
 
     python algorithms/cql.py --dataset hopper-medium-replay
     python algorithms/cql.py --dataset hopper-medium-replay --lagrange --target-gap 5
 
 Measured: pendulum-unimodal (demonstrations), 4,000 steps of small networks, five seeds: score
-64.5, with α_cql = 0 -26.8. On hopper-medium-replay 12.6 in the last evaluations of 10,000 steps,
-three seeds, 9 to 14 minutes on one CPU thread at --matmul-precision medium; CORL's file has 12.5.
+64.5, with α_cql = 0 -26.8. hopper-medium-replay, 10,000 steps, three seeds: 12.6.
 
 Differs from the paper / official code:
-- α_cql = 10, a policy rate of 3e-5, three hidden layers, normalised states and the first weights
-  (orthogonal layers in the critics, last layers near 0, a standard deviation of 1/e) are CORL's for
-  these tasks. The official README advises α_cql of 5 or 10 and a policy rate of 1e-4 or 3e-4; its
-  code takes states as they are and begins with 40,000 steps of cloning, CORL and this file do not.
+- α_cql, the policy's rate, layers, first weights and normalised states are CORL's choices.
+- No cloning at the start, as in CORL; the Lagrange factor begins at 1 (CORL: e).
 - The critics step first and the policy climbs the new ones; in CORL it climbs those of before.
-- The Lagrange factor begins at 1, CORL's at e.
-- 3n + 1 actions of a state are valued in one pass of one batched critic, the policy sees a state
-  once and is sampled n times, and on a CPU a batch goes through the critics in slices that fit its
-  cache: the same gradients, sooner.
 - 5 % of the episodes are held out for validation losses (--validation-fraction 0: none).
+MIT licence, (c) 2026 The CleanDGM developers. Please cite the paper above and CleanDGM.
 """
 
 import contextlib
@@ -134,8 +125,7 @@ class Scaling(nn.Module):
 
 
 class Policy(nn.Module):
-    """π: normalised states (B, S) -> n samples of a squashed Gaussian (B, n, A) and their
-    log-densities (B, n, 1)."""
+    """π: states (B, S) -> n samples of a squashed Gaussian (B, n, A), their log-densities."""
 
     flags = ()  # those of acting: --evaluate obeys them
 
@@ -155,15 +145,14 @@ class Policy(nn.Module):
         # log N(u) minus the tanh's log-derivative, log(1 - tanh² u), in its stable form.
         log_prob = -0.5 * eps.square() - log_sigma - 0.5 * math.log(2 * math.pi)
         log_prob = log_prob - 2 * (math.log(2) - u - F.softplus(-2 * u))
-        return torch.tanh(u), log_prob.sum(-1, keepdim=True)
+        return torch.tanh(u), log_prob.sum(-1, keepdim=True)  # (B, n, A), (B, n, 1)
 
     @torch.no_grad()
     def act(self, observations, deterministic: bool = True):
         """What a user calls: one raw observation (S,) or many (N, S), NumPy or tensor -> as many
         actions in the environment's bounds; the squashed mean, or a sample."""
         s = self.scaling.state(observations)
-        mu, _ = self.net(s).chunk(2, dim=-1)
-        a = torch.tanh(mu) if deterministic else self(s, 1)[0][:, 0]
+        a = torch.tanh(self.net(s).chunk(2, dim=-1)[0]) if deterministic else self(s, 1)[0][:, 0]
         return self.scaling.action(a, observations)
 
     def actors(self) -> dict:
@@ -207,19 +196,18 @@ class CQL(nn.Module):
         self.critic = TwinCritic(*task["sizes"], args.hidden_dim, hidden_layers=3).to(device)
         # Orthogonal layers that keep the length of what passes, and values near 0 at the start.
         for weight, bias in zip(self.critic.weights, self.critic.biases):
-            gain = 0.01 if weight is self.critic.weights[-1] else 2**0.5
-            for member in weight.data:
-                nn.init.orthogonal_(member, gain)
             nn.init.zeros_(bias)
+            for member in weight.data:
+                nn.init.orthogonal_(member, 0.01 if weight is self.critic.weights[-1] else 2**0.5)
         self.critic_target = copy.deepcopy(self.critic)
         self.log_alpha = nn.Parameter(torch.zeros((), device=device))
         self.log_factor = nn.Parameter(torch.zeros((), device=device))
         self.target_entropy = -task["sizes"][1]
         self.slice_size = args.slice_size or (64 if device.type == "cpu" else args.batch_size)
-        s, s_next = map(
-            self.policy.scaling.state, (data["observations"], data["next_observations"])
-        )
+        state = self.policy.scaling.state
+        s, s_next = state(data["observations"]), state(data["next_observations"])
         self.data = (s, data["actions"], data["rewards"], s_next, data["terminals"])
+        self.floor, self.ceiling = (x / (1 - args.gamma) for x in self.data[2].aminmax())
         self.critic_optimizer = adam(self.critic, args.learning_rate)
         self.factor_optimizer = adam([self.log_factor], args.learning_rate)
         self.policy_optimizer = adam(self.policy, args.policy_learning_rate)
@@ -238,19 +226,15 @@ class CQL(nn.Module):
 
     def sample(self):
         """A batch of s (B, S), a (B, A), r (B, 1), s' (B, S), d (B, 1)."""
-        n, device = len(self.data[0]), self.data[0].device
-        i = torch.randint(n, (self.args.batch_size,), device=device)
+        i = torch.randint(len(self.data[0]), (self.args.batch_size,), device=self.data[0].device)
         return [column[i] for column in self.data]
 
     @torch.no_grad()
     def target_and_draws(self, s, r, s_next, d):
-        """The target y (B, 1), the actions to value at s (B, 3n, A), and the log-densities with
-        which they were drawn (B, 3n)."""
+        """Target y (B, 1), actions to value at s (B, 3n, A), the log-density of each (B, 3n)."""
         batch, n = len(s), self.args.n_actions
-        # The policy at s and s' in one pass, sampled n times; the first at s' is a'.
+        # The policy at s and s' in one pass, sampled n times; the first sample at s' is a'.
         pi, log_pi = self.policy(torch.cat([s, s_next]), n)  # (2B, n, A), (2B, n, 1)
-
-        # Target: the smaller of two target critics.
         # d is 1 at a terminal only: a time limit ends the episode, not the future.
         q_next = self.critic_target(s_next, pi[batch:, 0]).amin(0)  # (B, 1)
         y = r + self.args.gamma * (1 - d) * q_next
@@ -295,7 +279,8 @@ class CQL(nn.Module):
             loss = -self.log_factor.exp() * (gap / 2 - self.args.target_gap)
             minimise(self.factor_optimizer, loss)
             metrics["values/lagrange_factor"] = factor
-        return metrics | {"values/q": q}
+        height = ((q - self.floor) / (self.ceiling - self.floor)).nan_to_num()
+        return metrics | {"values/q": q, "values/q_over_ceiling": height}
 
     def update_actor(self, s):
         # Climb the smaller critic, paid for entropy at the temperature α.
@@ -321,9 +306,8 @@ class CQL(nn.Module):
     def validate(self, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Losses on held-out transitions: 1,000 at most, evenly spaced, of 1 + 3n rows each."""
         data = {key: column[:: -(-len(column) // 1000)] for key, column in data.items()}
-        s, s_next = map(
-            self.policy.scaling.state, (data["observations"], data["next_observations"])
-        )
+        state = self.policy.scaling.state
+        s, s_next = state(data["observations"]), state(data["next_observations"])
         batch = self.target_and_draws(s, data["rewards"], s_next, data["terminals"])
         td, gap, _ = self.critic_loss(s, data["actions"], *batch)
         return {"td": td, "gap": gap}
@@ -338,6 +322,7 @@ Learner = CQL  # the name by which the training loop knows it
 # D4RL's returns of a random and of an expert policy, which score 0 and 100.
 SCORES = {"HalfCheetah": (-280.178953, 12135.0), "Hopper": (-20.272305, 3234.3)}
 SCORES |= {"Walker2d": (1.629008, 4592.3), "Ant": (-325.6, 3879.7)}
+OURS = Path(__file__).resolve().parent.parent / "datasets"
 COLUMNS = "terminals timeouts rewards actions observations next_observations final_observations"
 ABOUT = "action_low action_high ref_min_score ref_max_score"
 
@@ -361,15 +346,14 @@ def explained(what: str):
 def read_dataset(name: str) -> dict:
     """An .hdf5 or .npz file (a path, or a name in datasets/) or a Minari data set (a folder, or an
     id) as it is: arrays with a row per transition, and what it says of itself."""
-    ours = Path(__file__).resolve().parent.parent / "datasets"
-    file = next((p for p in (Path(name), ours / f"{name}.hdf5") if p.is_file()), None)
+    file = next((p for p in (Path(name), OURS / f"{name}.hdf5") if p.is_file()), None)
     if file:
         with np.load(file) if file.suffix == ".npz" else h5py.File(file) as found:
             keys = [key for key in f"{COLUMNS} {ABOUT} truncations env_id".split() if key in found]
             return {**getattr(found, "attrs", {}), **{key: found[key][()] for key in keys}}
     folder = next((p for p in (name, f"{name}/data") if Path(p, "metadata.json").exists()), "")
     is_id = re.fullmatch(r"([\w-]+/)+[\w-]+-v\d+", name) or name in minari.list_local_datasets()
-    there = f"at hand are {', '.join(sorted(path.stem for path in ours.glob('*.hdf5')))}"
+    there = f"at hand are {', '.join(sorted(path.stem for path in OURS.glob('*.hdf5')))}"
     make = f"`python datasets/make.py {name}` makes or fetches what is ours or D4RL's (--list)"
     check(folder or is_id, f"No data set '{name}': {there}; {make}.")
     data = minari.MinariDataset(folder) if folder else minari.load_dataset(name, download=True)
@@ -467,7 +451,7 @@ def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], di
 
 def make_env(task: dict, **options) -> gym.Env:
     """The task's environment: an id, also module:Id, or a specification in JSON as Minari has."""
-    sys.path += [""] * ("" not in sys.path)  # modules of the current folder, too
+    sys.path += [x for x in ("", str(OURS)) if x not in sys.path]  # for modules of these folders
     env, of = task["env"], f"Environment {task['env'][:50]} (--env-id)"
     with explained(of):
         env = gym.make(EnvSpec.from_json(env) if env[0] == "{" else env, **options)
@@ -640,11 +624,11 @@ def train(args: Args) -> list[dict[str, float]]:
             save()
         if evaluates:
             row = {"step": step, "seconds": round(time.time() - began, 1)}
+            video = folder / "video" if args.capture_video and last else ""
             learner.eval()
             with torch.random.fork_rng(cuda), torch.no_grad():
                 torch.manual_seed(0)  # for policies that sample; training's numbers are kept
                 if task["env"] != "none":
-                    video = folder / "video" if args.capture_video and last else ""
                     seed = 1_000_003 * args.seed + step
                     row |= evaluate(learner.policy, task, args.eval_episodes, seed, video)
                 losses = learner.validate(validation) if len(held_out) else {}
@@ -659,7 +643,7 @@ def train(args: Args) -> list[dict[str, float]]:
             shown = [k for k in row if k[:5] in ("retur", "score") and "_std" not in k]
             shown = [f"  {k} {row[k]:.4g}" for k in shown or list(row)[2:]]
             best = max(x.get("return_mean", math.nan) for x in history)
-            bar.write(f"step {step:>9,}{''.join(shown)}  best {best:.4g}  left {left}")
+            bar.write(f"step {step:>9,}{''.join(shown)}  best {best:.4g}  left {left}  {video}")
             if last:
                 save()
         if stop and not last:

@@ -3,17 +3,14 @@ Scott Fujimoto, David Meger, Doina Precup. ICML 2019, arXiv:1812.02900.
 
 Off-policy learning fails on a fixed data set because Q is asked about actions that the data does
 not have, guesses high, and no experience corrects it. BCQ (batch-constrained Q-learning) asks only
-about actions like the data's: a CVAE G proposes some, a small network ξ moves each by at most Φ,
-and Q chooses. There is no other policy. One candidate and Φ = 0 clone the behaviour; a large Φ is
-Q-learning over all actions.
+about actions like the data's: a CVAE G proposes, a network ξ moves by at most Φ, and Q chooses.
 
     behaviour      L(G) = |a - D(s, z)|² / A + β KL(N(μ, σ²) || N(0, I)) / Z,   z ~ N(μ, σ²)
                    with encoder (μ, σ) = E(s, a) and decoder D; A, Z: dimensions of a, z
     candidates     a_i(s) = x + ξ(s, x),  |ξ| <= Φ,  x = D(s, z_i),  z_i = clip(N(0, I), ±c)
     evaluation     y = r + γ (1 - d) max_i [λ min_j Q'_j(s', a_i) + (1 - λ) max_j Q'_j(s', a_i)]
                    L(Q_j) = (Q_j(s, a) - y)²                       n = 10 candidates of s', by ξ'
-    perturbation   L(ξ) = -Q_1(s, a_1(s))
-    policy         π(s) = argmax over a_i(s), i <= 100, of Q_1(s, a_i)
+    policy         L(ξ) = -Q_1(s, a_1(s)),   π(s) = argmax over a_i(s), i <= 100, of Q_1(s, a_i)
 
     python algorithms/cvae_bcq.py --dataset hopper-medium-replay
     python algorithms/cvae_bcq.py --dataset pendulum-random-medium-expert --steps 2000 --gamma 0.97
@@ -22,13 +19,10 @@ Measured: pendulum-random-medium-expert, 2,000 steps of small networks, five see
 β = 0 48.1, with one candidate and Φ = 0 43.7.
 
 Differs from the paper / official code:
-- States are z-scored; critics and ξ have two layers of 256 units, as in this project's other files
-  (official code: 400 and 300), and a batch has 256 transitions (100).
-- The policy keeps one set of 100 latents, drawn when it is made: π is a function of the state. The
-  official code draws anew at every step.
-- ξ's step does not differentiate the decoder, whose gradients the official code throws away.
-- The two critics are one batched network, which costs fewer and larger matrix products.
+- States are z-scored; two hidden layers of 256 units (400 and 300), batches of 256 (100).
+- The policy's 100 latents are drawn once, so that π is a function of the state (at every step).
 - 5 % of the episodes are held out for validation losses (--validation-fraction 0: none).
+MIT licence, (c) 2026 The CleanDGM developers. Please cite the paper above and CleanDGM.
 """
 
 import contextlib
@@ -172,8 +166,7 @@ class TwinCritic(nn.Module):
 
 
 class Policy(nn.Module):
-    """π(s): of some actions that the CVAE proposes and ξ perturbs, the one that Q_1 likes best. So
-    the critics are part of the policy."""
+    """π: of some actions that the CVAE proposes and ξ perturbs, the one that Q_1 likes best."""
 
     flags = ()  # those of acting: --evaluate obeys them
 
@@ -235,6 +228,7 @@ class BCQ(nn.Module):
         state = self.policy.scaling.state
         s, s_next = state(data["observations"]), state(data["next_observations"])
         self.data = (s, data["actions"], data["rewards"], s_next, data["terminals"])
+        self.floor, self.ceiling = (x / (1 - args.gamma) for x in self.data[2].aminmax())
         self.cvae_optimizer = adam(self.policy.cvae, args.learning_rate)
         self.critic_optimizer = adam(self.policy.critic, args.learning_rate)
         self.xi_optimizer = adam(self.policy.xi, args.learning_rate)
@@ -246,16 +240,14 @@ class BCQ(nn.Module):
     def update(self) -> dict[str, torch.Tensor]:
         """One step of each: CVAE, critics, ξ. Returns tensors, never synchronises."""
         s, a, r, s_next, d = self.sample()
-        metrics = self.update_cvae(s, a)
-        metrics |= self.update_critic(s, a, r, s_next, d)
+        metrics = self.update_cvae(s, a) | self.update_critic(s, a, r, s_next, d)
         metrics |= self.update_actor(s)
         self.update_targets()
         return metrics
 
     def sample(self):
         """A batch of s (B, S), a (B, A), r (B, 1), s' (B, S), d (B, 1)."""
-        n, device = len(self.data[0]), self.data[0].device
-        i = torch.randint(n, (self.args.batch_size,), device=device)
+        i = torch.randint(len(self.data[0]), (self.args.batch_size,), device=self.data[0].device)
         return [column[i] for column in self.data]
 
     def cvae_losses(self, s, a):
@@ -291,7 +283,9 @@ class BCQ(nn.Module):
         # Both critics regress on it.
         q = self.policy.critic(s, a)  # (2, B, 1)
         loss = (q - y).square().mean((1, 2)).sum()
-        metrics = {"losses/critic": loss, "values/q": q.mean(), "values/q_next": q_next.mean()}
+        height = ((q.mean() - self.floor) / (self.ceiling - self.floor)).nan_to_num()
+        metrics = {"values/q": q.mean(), "values/q_over_ceiling": height}
+        metrics |= {"losses/critic": loss, "values/q_next": q_next.mean()}
         return metrics | {"values/gain": (q_next - q_n.view(-1, n).mean(1, keepdim=True)).mean()}
 
     def update_critic(self, s, a, r, s_next, d):
@@ -322,18 +316,14 @@ class BCQ(nn.Module):
         data = {key: column[::n] for key, column in data.items()}  # each row has n candidates
         a, state = data["actions"], self.policy.scaling.state
         s, s_next = state(data["observations"]), state(data["next_observations"])
-        metrics = self.critic_loss(s, a, data["rewards"], s_next, data["terminals"])
+        critic = self.critic_loss(s, a, data["rewards"], s_next, data["terminals"])["losses/critic"]
         reconstruction, kl = self.cvae_losses(s, a)
         s_n = s.repeat_interleave(n, dim=0)  # (B n, S)
         a_n = self.policy.cvae.decode(s_n, self.policy.sample_latents(len(s_n)))
         a_n = a_n.view(-1, n, a.shape[1])  # (B, n, A)
-        return {
-            "critic": metrics["losses/critic"],
-            "reconstruction": reconstruction,
-            "kl": kl.mean(),
-            "nearest": (a_n - a[:, None]).square().mean(2).amin(1).mean(),
-            "spread_over_z": a_n.std(1, correction=0).mean(),
-        }
+        nearest = (a_n - a[:, None]).square().mean(2).amin(1).mean()
+        losses = {"critic": critic, "reconstruction": reconstruction, "kl": kl.mean()}
+        return losses | {"nearest": nearest, "spread_over_z": a_n.std(1, correction=0).mean()}
 
 
 Learner = BCQ  # the name by which the training loop knows it
@@ -345,6 +335,7 @@ Learner = BCQ  # the name by which the training loop knows it
 # D4RL's returns of a random and of an expert policy, which score 0 and 100.
 SCORES = {"HalfCheetah": (-280.178953, 12135.0), "Hopper": (-20.272305, 3234.3)}
 SCORES |= {"Walker2d": (1.629008, 4592.3), "Ant": (-325.6, 3879.7)}
+OURS = Path(__file__).resolve().parent.parent / "datasets"
 COLUMNS = "terminals timeouts rewards actions observations next_observations final_observations"
 ABOUT = "action_low action_high ref_min_score ref_max_score"
 
@@ -368,15 +359,14 @@ def explained(what: str):
 def read_dataset(name: str) -> dict:
     """An .hdf5 or .npz file (a path, or a name in datasets/) or a Minari data set (a folder, or an
     id) as it is: arrays with a row per transition, and what it says of itself."""
-    ours = Path(__file__).resolve().parent.parent / "datasets"
-    file = next((p for p in (Path(name), ours / f"{name}.hdf5") if p.is_file()), None)
+    file = next((p for p in (Path(name), OURS / f"{name}.hdf5") if p.is_file()), None)
     if file:
         with np.load(file) if file.suffix == ".npz" else h5py.File(file) as found:
             keys = [key for key in f"{COLUMNS} {ABOUT} truncations env_id".split() if key in found]
             return {**getattr(found, "attrs", {}), **{key: found[key][()] for key in keys}}
     folder = next((p for p in (name, f"{name}/data") if Path(p, "metadata.json").exists()), "")
     is_id = re.fullmatch(r"([\w-]+/)+[\w-]+-v\d+", name) or name in minari.list_local_datasets()
-    there = f"at hand are {', '.join(sorted(path.stem for path in ours.glob('*.hdf5')))}"
+    there = f"at hand are {', '.join(sorted(path.stem for path in OURS.glob('*.hdf5')))}"
     make = f"`python datasets/make.py {name}` makes or fetches what is ours or D4RL's (--list)"
     check(folder or is_id, f"No data set '{name}': {there}; {make}.")
     data = minari.MinariDataset(folder) if folder else minari.load_dataset(name, download=True)
@@ -474,7 +464,7 @@ def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], di
 
 def make_env(task: dict, **options) -> gym.Env:
     """The task's environment: an id, also module:Id, or a specification in JSON as Minari has."""
-    sys.path += [""] * ("" not in sys.path)  # modules of the current folder, too
+    sys.path += [x for x in ("", str(OURS)) if x not in sys.path]  # for modules of these folders
     env, of = task["env"], f"Environment {task['env'][:50]} (--env-id)"
     with explained(of):
         env = gym.make(EnvSpec.from_json(env) if env[0] == "{" else env, **options)
@@ -647,11 +637,11 @@ def train(args: Args) -> list[dict[str, float]]:
             save()
         if evaluates:
             row = {"step": step, "seconds": round(time.time() - began, 1)}
+            video = folder / "video" if args.capture_video and last else ""
             learner.eval()
             with torch.random.fork_rng(cuda), torch.no_grad():
                 torch.manual_seed(0)  # for policies that sample; training's numbers are kept
                 if task["env"] != "none":
-                    video = folder / "video" if args.capture_video and last else ""
                     seed = 1_000_003 * args.seed + step
                     row |= evaluate(learner.policy, task, args.eval_episodes, seed, video)
                 losses = learner.validate(validation) if len(held_out) else {}
@@ -666,7 +656,7 @@ def train(args: Args) -> list[dict[str, float]]:
             shown = [k for k in row if k[:5] in ("retur", "score") and "_std" not in k]
             shown = [f"  {k} {row[k]:.4g}" for k in shown or list(row)[2:]]
             best = max(x.get("return_mean", math.nan) for x in history)
-            bar.write(f"step {step:>9,}{''.join(shown)}  best {best:.4g}  left {left}")
+            bar.write(f"step {step:>9,}{''.join(shown)}  best {best:.4g}  left {left}  {video}")
             if last:
                 save()
         if stop and not last:

@@ -33,6 +33,7 @@ Differs from the paper / official code:
   officially N(0, 0.02²) inside the transformer and N(0, 1) for the timestep.
 - 5 % of the episodes are held out for validation losses (--validation-fraction 0: none).
 - --arch gru and --arch mlp (which sees R_t and s_t alone) are ours, to see what attention adds.
+MIT licence, (c) 2026 The CleanDGM developers. Please cite the paper above and CleanDGM.
 """
 
 import contextlib
@@ -390,6 +391,7 @@ Learner = DecisionTransformer  # the name by which the training loop knows it
 # D4RL's returns of a random and of an expert policy, which score 0 and 100.
 SCORES = {"HalfCheetah": (-280.178953, 12135.0), "Hopper": (-20.272305, 3234.3)}
 SCORES |= {"Walker2d": (1.629008, 4592.3), "Ant": (-325.6, 3879.7)}
+OURS = Path(__file__).resolve().parent.parent / "datasets"
 COLUMNS = "terminals timeouts rewards actions observations next_observations final_observations"
 ABOUT = "action_low action_high ref_min_score ref_max_score"
 
@@ -413,15 +415,14 @@ def explained(what: str):
 def read_dataset(name: str) -> dict:
     """An .hdf5 or .npz file (a path, or a name in datasets/) or a Minari data set (a folder, or an
     id) as it is: arrays with a row per transition, and what it says of itself."""
-    ours = Path(__file__).resolve().parent.parent / "datasets"
-    file = next((p for p in (Path(name), ours / f"{name}.hdf5") if p.is_file()), None)
+    file = next((p for p in (Path(name), OURS / f"{name}.hdf5") if p.is_file()), None)
     if file:
         with np.load(file) if file.suffix == ".npz" else h5py.File(file) as found:
             keys = [key for key in f"{COLUMNS} {ABOUT} truncations env_id".split() if key in found]
             return {**getattr(found, "attrs", {}), **{key: found[key][()] for key in keys}}
     folder = next((p for p in (name, f"{name}/data") if Path(p, "metadata.json").exists()), "")
     is_id = re.fullmatch(r"([\w-]+/)+[\w-]+-v\d+", name) or name in minari.list_local_datasets()
-    there = f"at hand are {', '.join(sorted(path.stem for path in ours.glob('*.hdf5')))}"
+    there = f"at hand are {', '.join(sorted(path.stem for path in OURS.glob('*.hdf5')))}"
     make = f"`python datasets/make.py {name}` makes or fetches what is ours or D4RL's (--list)"
     check(folder or is_id, f"No data set '{name}': {there}; {make}.")
     data = minari.MinariDataset(folder) if folder else minari.load_dataset(name, download=True)
@@ -519,7 +520,7 @@ def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], di
 
 def make_env(task: dict, **options) -> gym.Env:
     """The task's environment: an id, also module:Id, or a specification in JSON as Minari has."""
-    sys.path += [""] * ("" not in sys.path)  # modules of the current folder, too
+    sys.path += [x for x in ("", str(OURS)) if x not in sys.path]  # for modules of these folders
     env, of = task["env"], f"Environment {task['env'][:50]} (--env-id)"
     with explained(of):
         env = gym.make(EnvSpec.from_json(env) if env[0] == "{" else env, **options)
@@ -698,11 +699,11 @@ def train(args: Args) -> list[dict[str, float]]:
             save()
         if evaluates:
             row = {"step": step, "seconds": round(time.time() - began, 1)}
+            video = folder / "video" if args.capture_video and last else ""
             learner.eval()
             with torch.random.fork_rng(cuda), torch.no_grad():
                 torch.manual_seed(0)  # for policies that sample; training's numbers are kept
                 if task["env"] != "none":
-                    video = folder / "video" if args.capture_video and last else ""
                     seed = 1_000_003 * args.seed + step
                     row |= evaluate(learner.policy, task, args.eval_episodes, seed, video)
                 losses = learner.validate(validation) if len(held_out) else {}
@@ -717,7 +718,7 @@ def train(args: Args) -> list[dict[str, float]]:
             shown = [k for k in row if k[:5] in ("retur", "score") and "_std" not in k]
             shown = [f"  {k} {row[k]:.4g}" for k in shown or list(row)[2:]]
             best = max(x.get("return_mean", math.nan) for x in history)
-            bar.write(f"step {step:>9,}{''.join(shown)}  best {best:.4g}  left {left}")
+            bar.write(f"step {step:>9,}{''.join(shown)}  best {best:.4g}  left {left}  {video}")
             if last:
                 save()
         if stop and not last:

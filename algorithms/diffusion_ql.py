@@ -7,33 +7,25 @@ cloning which keeps every mode. The same network also climbs Q, through all T st
 
     noising    x_t = √ᾱ_t a + √(1 - ᾱ_t) ε,   ε ~ N(0, I),   t uniform in 1 ... T
     cloning    L_d(π) = |ε - ε_π(x_t, t, s)|² / A
-    chain      x_T ~ N(0, I);  x̂ = clip((x_t - √(1 - ᾱ_t) ε_π(x_t, t, s)) / √ᾱ_t, ±1);
-               x_{t-1} ~ N(m_t, β_t (1 - ᾱ_{t-1}) / (1 - ᾱ_t)),
-               m_t = (√ᾱ_{t-1} β_t x̂ + √α_t (1 - ᾱ_{t-1}) x_t) / (1 - ᾱ_t)
-    guidance   L_q(π) = -Q_1(s, π(s)) / mean |Q_2(s, π(s))|     or with Q_1 and Q_2 exchanged
-    policy     L(π) = L_d + η L_q
+    chain      x_T ~ N(0, I),   x_{t-1} ~ N(x_{t-1} | x_t, x̂), the noising's posterior,   with
+               x̂ = clip((x_t - √(1 - ᾱ_t) ε_π(x_t, t, s)) / √ᾱ_t, ±1), the guessed action
+    policy     L(π) = L_d - η Q_1(s, π(s)) / mean |Q_2(s, π(s))|,   or with Q_1 and Q_2 exchanged
     evaluation y = r + γ (1 - d) min_i Q'_i(s', π'(s')),   L(Q_i) = (Q_i(s, a) - y)²
 
-π' and Q' are slow copies. α_t = 1 - β_t, ᾱ_t = α_1 ... α_t; β is the variance-preserving schedule.
+π' and Q' are slow copies; ᾱ_t = (1 - β_1) ... (1 - β_t), and β is variance-preserving (see Policy).
 
     python algorithms/diffusion_ql.py --dataset hopper-medium-replay
     python algorithms/diffusion_ql.py --dataset halfcheetah-medium-expert --max-grad-norm 7
 
-The paper's --max-grad-norm for D4RL's -medium, -medium-replay and -medium-expert: halfcheetah 9, 2,
-7; hopper 9, 4, 5; walker2d 1, 4, 5; η = 1. AntMaze has η from 0.5 to 4.5 and --max-q-backup.
-
 Measured: pendulum-random-medium-expert, 2,000 steps of small networks, five seeds: score 66.4,
-cloning alone (η = 0, one sample) 12.1. hopper-medium-replay, --max-grad-norm 4, one seed: 18.1
-after 20,000 steps and still rising.
+cloning alone (η = 0, one sample) 12.1.
 
 Differs from the paper / official code:
-- It acts as the official code does, which the paper does not say: of 50 samples the softmax of Q'
-  draws one. `--candidates 1` is the paper's policy, a sample.
-- The slow copy π' moves by 0.001 at every step; the code's by 0.005 at every fifth from the 1000th.
-- States are normalised and critics have ReLU, as in this project's other files; the code has raw
-  states and Mish. No cosine decay of the learning rate.
-- The paper's table selects the best evaluation of a run. Here that is the column `best`.
+- As in the code, not in the paper, the softmax of Q' draws one of 50 samples when it acts.
+- π' moves by 0.001 at every step; the code's by 0.005 at every fifth from the 1000th.
+- Normalised states, ReLU critics, a constant learning rate (raw states, Mish, a cosine).
 - 5 % of the episodes are held out for validation losses (--validation-fraction 0: none).
+MIT licence, (c) 2026 The CleanDGM developers. Please cite the paper above and CleanDGM.
 """
 
 import contextlib
@@ -132,8 +124,7 @@ class Scaling(nn.Module):
 
 
 class NoiseNet(nn.Module):
-    """ε_π: noisy actions (B, A), step t of the chain, 0 ... T - 1, as (B,) or one number, states
-    (B, S) -> the noise in the actions (B, A)."""
+    """ε_π: noisy actions (B, A), their steps 0 ... T - 1, states (B, S) -> the noise (B, A)."""
 
     def __init__(self, state_dim, action_dim, hidden_dim, steps):
         super().__init__()
@@ -146,7 +137,7 @@ class NoiseNet(nn.Module):
         layers = sum([[nn.Linear(width, hidden_dim), nn.Mish()] for width in widths], [])
         self.net = nn.Sequential(*layers, nn.Linear(hidden_dim, action_dim))
 
-    def forward(self, x, t, s):
+    def forward(self, x, t, s):  # t: (B,), or one number for all
         time = self.time(self.waves[t]).expand(len(x), -1)  # (B, 16)
         return self.net(torch.cat([x, time, s], dim=-1))
 
@@ -214,11 +205,10 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, observations, deterministic: bool = False):
         """What a user calls: one raw observation (S,) or many (N, S), NumPy or tensor -> as many
-        actions in the environment's bounds: of some samples one, drawn by the softmax of Q'. Or
-        the one of largest Q', of samples whose noise is the same for all states and calls."""
+        actions in the environment's bounds: one of n samples by the softmax of Q', or the best."""
         n, generator = self.candidates, torch.Generator().manual_seed(0)
 
-        def same(x):  # noise (N n, A): n rows, again for each state
+        def same(x):  # noise (N n, A): n rows, for each state and call again
             return torch.randn(n, x.shape[1], generator=generator).to(x).repeat(len(x) // n, 1)
 
         s = self.scaling.state(observations).repeat_interleave(n, dim=0)  # (N n, S)
@@ -252,6 +242,7 @@ class DiffusionQL(nn.Module):
         state = self.policy.scaling.state
         s, s_next = state(data["observations"]), state(data["next_observations"])
         self.data = (s, data["actions"], data["rewards"], s_next, data["terminals"])
+        self.floor, self.ceiling = (x / (1 - args.gamma) for x in self.data[2].aminmax())
         self.policy_optimizer = adam(self.policy.noise, args.learning_rate)
         self.critic_optimizer = adam(self.critic, args.learning_rate)
 
@@ -268,8 +259,7 @@ class DiffusionQL(nn.Module):
 
     def sample(self):
         """A batch of s (B, S), a (B, A), r (B, 1), s' (B, S), d (B, 1)."""
-        n, device = len(self.data[0]), self.data[0].device
-        i = torch.randint(n, (self.args.batch_size,), device=device)
+        i = torch.randint(len(self.data[0]), (self.args.batch_size,), device=self.data[0].device)
         return [column[i] for column in self.data]
 
     def critic_loss(self, s, a, r, s_next, d):
@@ -290,7 +280,9 @@ class DiffusionQL(nn.Module):
     def update_critic(self, s, a, r, s_next, d):
         loss, q = self.critic_loss(s, a, r, s_next, d)
         norm = self.descend(self.critic_optimizer, loss)
-        return {"losses/critic": loss, "values/q": q.mean(), "gradients/critic": norm}
+        height = ((q.mean() - self.floor) / (self.ceiling - self.floor)).nan_to_num()
+        metrics = {"values/q": q.mean(), "values/q_over_ceiling": height}
+        return metrics | {"losses/critic": loss, "gradients/critic": norm}
 
     def cloning_loss(self, s, a):
         # Guess the noise that was mixed into the data's action.
@@ -348,6 +340,7 @@ Learner = DiffusionQL  # the name by which the training loop knows it
 # D4RL's returns of a random and of an expert policy, which score 0 and 100.
 SCORES = {"HalfCheetah": (-280.178953, 12135.0), "Hopper": (-20.272305, 3234.3)}
 SCORES |= {"Walker2d": (1.629008, 4592.3), "Ant": (-325.6, 3879.7)}
+OURS = Path(__file__).resolve().parent.parent / "datasets"
 COLUMNS = "terminals timeouts rewards actions observations next_observations final_observations"
 ABOUT = "action_low action_high ref_min_score ref_max_score"
 
@@ -371,15 +364,14 @@ def explained(what: str):
 def read_dataset(name: str) -> dict:
     """An .hdf5 or .npz file (a path, or a name in datasets/) or a Minari data set (a folder, or an
     id) as it is: arrays with a row per transition, and what it says of itself."""
-    ours = Path(__file__).resolve().parent.parent / "datasets"
-    file = next((p for p in (Path(name), ours / f"{name}.hdf5") if p.is_file()), None)
+    file = next((p for p in (Path(name), OURS / f"{name}.hdf5") if p.is_file()), None)
     if file:
         with np.load(file) if file.suffix == ".npz" else h5py.File(file) as found:
             keys = [key for key in f"{COLUMNS} {ABOUT} truncations env_id".split() if key in found]
             return {**getattr(found, "attrs", {}), **{key: found[key][()] for key in keys}}
     folder = next((p for p in (name, f"{name}/data") if Path(p, "metadata.json").exists()), "")
     is_id = re.fullmatch(r"([\w-]+/)+[\w-]+-v\d+", name) or name in minari.list_local_datasets()
-    there = f"at hand are {', '.join(sorted(path.stem for path in ours.glob('*.hdf5')))}"
+    there = f"at hand are {', '.join(sorted(path.stem for path in OURS.glob('*.hdf5')))}"
     make = f"`python datasets/make.py {name}` makes or fetches what is ours or D4RL's (--list)"
     check(folder or is_id, f"No data set '{name}': {there}; {make}.")
     data = minari.MinariDataset(folder) if folder else minari.load_dataset(name, download=True)
@@ -477,7 +469,7 @@ def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], di
 
 def make_env(task: dict, **options) -> gym.Env:
     """The task's environment: an id, also module:Id, or a specification in JSON as Minari has."""
-    sys.path += [""] * ("" not in sys.path)  # modules of the current folder, too
+    sys.path += [x for x in ("", str(OURS)) if x not in sys.path]  # for modules of these folders
     env, of = task["env"], f"Environment {task['env'][:50]} (--env-id)"
     with explained(of):
         env = gym.make(EnvSpec.from_json(env) if env[0] == "{" else env, **options)
@@ -650,11 +642,11 @@ def train(args: Args) -> list[dict[str, float]]:
             save()
         if evaluates:
             row = {"step": step, "seconds": round(time.time() - began, 1)}
+            video = folder / "video" if args.capture_video and last else ""
             learner.eval()
             with torch.random.fork_rng(cuda), torch.no_grad():
                 torch.manual_seed(0)  # for policies that sample; training's numbers are kept
                 if task["env"] != "none":
-                    video = folder / "video" if args.capture_video and last else ""
                     seed = 1_000_003 * args.seed + step
                     row |= evaluate(learner.policy, task, args.eval_episodes, seed, video)
                 losses = learner.validate(validation) if len(held_out) else {}
@@ -669,7 +661,7 @@ def train(args: Args) -> list[dict[str, float]]:
             shown = [k for k in row if k[:5] in ("retur", "score") and "_std" not in k]
             shown = [f"  {k} {row[k]:.4g}" for k in shown or list(row)[2:]]
             best = max(x.get("return_mean", math.nan) for x in history)
-            bar.write(f"step {step:>9,}{''.join(shown)}  best {best:.4g}  left {left}")
+            bar.write(f"step {step:>9,}{''.join(shown)}  best {best:.4g}  left {left}  {video}")
             if last:
                 save()
         if stop and not last:

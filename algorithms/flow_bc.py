@@ -13,15 +13,11 @@ regression goes straight on, and the flow has two modes.
                (x_1, g(x_2; s, x_1)),   g affine (RealNVP, Glow) or a monotone spline, elementwise
     acting     a = f^-1(z; s), z ~ N(0, I): a sample, or the likeliest of N samples
 
-With one action dimension x_1 is empty: affine couplings make a Gaussian, a spline is multimodal.
-The noise u is for atoms, as at the bounds, where the best density is infinite: L >= log 2w.
-
     python algorithms/flow_bc.py --dataset hopper-medium-replay
     python algorithms/flow_bc.py --dataset pendulum-bimodal --steps 4000 --eval-act mode zero
 
 Measured: pendulum-bimodal, 4,000 steps of a small network, five seeds: score 85.6, regression
-(bc.py) 17.2; held-out NLL -1.42 nats, bc.py's Gaussian -1.08. hopper-medium-replay, 5,000 steps at
---matmul-precision medium, three seeds: score 16.8 (the last evaluation), two minutes on a CPU.
+(bc.py) 17.2; held-out NLL -1.42 nats, bc.py's Gaussian -1.08.
 
 Differs from the papers / official code (tinkoff-ai/cnf):
 - Densities live on all of R^A, per unit of the scaled action, as bc.py's. CNF squashes by atanh.
@@ -30,6 +26,7 @@ Differs from the papers / official code (tinkoff-ai/cnf):
 - The first normalisation is that of all the data, not of one batch; the others are learnt alone.
 - ReLU networks, Adam and batches of 256 as in the other files (CNF: PReLU, AdamW, 1024).
 - 5 % of the episodes are held out for validation losses (--validation-fraction 0: none).
+MIT licence, (c) 2026 The CleanDGM developers. Please cite the paper above and CleanDGM.
 """
 
 import contextlib
@@ -170,7 +167,7 @@ class Mixing(nn.Module):
 
 class Coupling(nn.Module):
     """(x_1, x_2) -> (x_1, g(x_2; s, x_1)), g elementwise and monotone. With one action dimension
-    x_1 is empty, and g depends on the state alone."""
+    x_1 is empty: affine couplings make a Gaussian there, splines may have several modes."""
 
     def __init__(self, state_dim, action_dim, args):
         super().__init__()
@@ -251,9 +248,8 @@ class Policy(nn.Module):
         super().__init__()
         self.scaling, (state_dim, n) = Scaling(task), task["sizes"]
         self.how, self.candidates, self.eval_act = args.act, args.candidates, args.eval_act
-        self.layers = nn.ModuleList()
-        for _ in range(args.blocks):
-            self.layers.extend([ActNorm(n), Mixing(n), Coupling(state_dim, n, args)])
+        layers = ([ActNorm(n), Mixing(n), Coupling(state_dim, n, args)] for _ in range(args.blocks))
+        self.layers = nn.ModuleList(sum(layers, []))
 
     def forward(self, a, s):
         """z = f(a; s), and log π(a|s), (B,), in nats: a density per unit of the scaled actions."""
@@ -274,8 +270,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, observations, deterministic: bool = False, how: str = ""):
         """What a user calls: one raw observation (S,) or many (N, S), NumPy or tensor -> as many
-        actions in the environment's bounds; `how` is sample, mode or zero, by default that of
-        --act, and zero if deterministic."""
+        actions in the environment's bounds; `how`: sample, mode or zero, else what --act says."""
         how = "zero" if deterministic else how or self.how
         n = self.candidates if how == "mode" else 1
         s = self.scaling.state(observations).repeat_interleave(n, dim=0)  # (N n, S)
@@ -322,7 +317,7 @@ class FlowBC(nn.Module):
         return {"losses/nll": nll, "latent/std": z.square().mean().sqrt()}
 
     def blur(self, a):
-        """Actions with the noise that makes atoms harmless."""
+        """Actions with noise: the best density of an atom, as at the bounds, is infinite."""
         return a + self.args.noise * (2 * torch.rand_like(a) - 1)
 
     def losses(self, s, a):
@@ -346,6 +341,7 @@ Learner = FlowBC  # the name by which the training loop knows it
 # D4RL's returns of a random and of an expert policy, which score 0 and 100.
 SCORES = {"HalfCheetah": (-280.178953, 12135.0), "Hopper": (-20.272305, 3234.3)}
 SCORES |= {"Walker2d": (1.629008, 4592.3), "Ant": (-325.6, 3879.7)}
+OURS = Path(__file__).resolve().parent.parent / "datasets"
 COLUMNS = "terminals timeouts rewards actions observations next_observations final_observations"
 ABOUT = "action_low action_high ref_min_score ref_max_score"
 
@@ -369,15 +365,14 @@ def explained(what: str):
 def read_dataset(name: str) -> dict:
     """An .hdf5 or .npz file (a path, or a name in datasets/) or a Minari data set (a folder, or an
     id) as it is: arrays with a row per transition, and what it says of itself."""
-    ours = Path(__file__).resolve().parent.parent / "datasets"
-    file = next((p for p in (Path(name), ours / f"{name}.hdf5") if p.is_file()), None)
+    file = next((p for p in (Path(name), OURS / f"{name}.hdf5") if p.is_file()), None)
     if file:
         with np.load(file) if file.suffix == ".npz" else h5py.File(file) as found:
             keys = [key for key in f"{COLUMNS} {ABOUT} truncations env_id".split() if key in found]
             return {**getattr(found, "attrs", {}), **{key: found[key][()] for key in keys}}
     folder = next((p for p in (name, f"{name}/data") if Path(p, "metadata.json").exists()), "")
     is_id = re.fullmatch(r"([\w-]+/)+[\w-]+-v\d+", name) or name in minari.list_local_datasets()
-    there = f"at hand are {', '.join(sorted(path.stem for path in ours.glob('*.hdf5')))}"
+    there = f"at hand are {', '.join(sorted(path.stem for path in OURS.glob('*.hdf5')))}"
     make = f"`python datasets/make.py {name}` makes or fetches what is ours or D4RL's (--list)"
     check(folder or is_id, f"No data set '{name}': {there}; {make}.")
     data = minari.MinariDataset(folder) if folder else minari.load_dataset(name, download=True)
@@ -475,7 +470,7 @@ def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], di
 
 def make_env(task: dict, **options) -> gym.Env:
     """The task's environment: an id, also module:Id, or a specification in JSON as Minari has."""
-    sys.path += [""] * ("" not in sys.path)  # modules of the current folder, too
+    sys.path += [x for x in ("", str(OURS)) if x not in sys.path]  # for modules of these folders
     env, of = task["env"], f"Environment {task['env'][:50]} (--env-id)"
     with explained(of):
         env = gym.make(EnvSpec.from_json(env) if env[0] == "{" else env, **options)
@@ -648,11 +643,11 @@ def train(args: Args) -> list[dict[str, float]]:
             save()
         if evaluates:
             row = {"step": step, "seconds": round(time.time() - began, 1)}
+            video = folder / "video" if args.capture_video and last else ""
             learner.eval()
             with torch.random.fork_rng(cuda), torch.no_grad():
                 torch.manual_seed(0)  # for policies that sample; training's numbers are kept
                 if task["env"] != "none":
-                    video = folder / "video" if args.capture_video and last else ""
                     seed = 1_000_003 * args.seed + step
                     row |= evaluate(learner.policy, task, args.eval_episodes, seed, video)
                 losses = learner.validate(validation) if len(held_out) else {}
@@ -667,7 +662,7 @@ def train(args: Args) -> list[dict[str, float]]:
             shown = [k for k in row if k[:5] in ("retur", "score") and "_std" not in k]
             shown = [f"  {k} {row[k]:.4g}" for k in shown or list(row)[2:]]
             best = max(x.get("return_mean", math.nan) for x in history)
-            bar.write(f"step {step:>9,}{''.join(shown)}  best {best:.4g}  left {left}")
+            bar.write(f"step {step:>9,}{''.join(shown)}  best {best:.4g}  left {left}  {video}")
             if last:
                 save()
         if stop and not last:

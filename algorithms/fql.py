@@ -14,25 +14,19 @@ step; it is held to the flow's answer and climbs Q directly. That one acts.
     evaluation    y = r + γ (1 - d) mean_i Q'_i(s', μ(s', z')),   L(Q_i) = (Q_i(s, a) - y)²
 
 Q' is a slow copy; μ has none. Actions are clipped to ±1 where Q sees them, at the flow's end and
-where one acts.
+where one acts. The second command is for a CPU.
 
     python algorithms/fql.py --dataset hopper-medium-replay
     python algorithms/fql.py --dataset hopper-medium-replay --hidden-dim 256 --hidden-layers 3
 
-The second line is for a CPU. The paper's α: OGBench antmaze and antsoccer 10, humanoidmaze 30, cube
-and scene 300, puzzle 1000; D4RL antmaze 10 (large 3), Adroit 3000 to 30,000 with --q-target min.
-These are for --no-normalize-q; with Q normalised the code advises 0.03 to 10. No locomotion there.
-
 Measured: pendulum-random-medium-expert, 3,000 steps of small networks, α = 0.1, five seeds: score
-89.0, with α = 100, which is cloning, 35.4. halfcheetah-medium-replay, 5,000 steps of 3 layers of
-256 units, three seeds: score 32.5 at the last step.
+89.0, with α = 100, which is cloning, 35.4.
 
 Differs from the paper / official code:
-- Q is normalised in the policy's loss by default (officially an option), so that α means the same
-  at any scale of the rewards.
-- ReLU instead of GELU, as in this project's other files; states are normalised.
-- Weights begin as torch's layers do.
+- Q is normalised in the policy's loss by default (officially an option), so α fits any rewards.
+- ReLU instead of GELU, normalised states, and weights that begin as torch's layers do.
 - 5 % of the episodes are held out for validation losses (--validation-fraction 0: none).
+MIT licence, (c) 2026 The CleanDGM developers. Please cite the paper above and CleanDGM.
 """
 
 import contextlib
@@ -222,10 +216,10 @@ class FQL(nn.Module):
         sizes = (*task["sizes"], args.hidden_dim, args.hidden_layers)
         self.critic = LayerNormCritic(*sizes, args.layer_norm).to(device)
         self.critic_target = copy.deepcopy(self.critic)
-        s, s_next = map(
-            self.policy.scaling.state, (data["observations"], data["next_observations"])
-        )
+        state = self.policy.scaling.state
+        s, s_next = state(data["observations"]), state(data["next_observations"])
         self.data = (s, data["actions"], data["rewards"], s_next, data["terminals"])
+        self.floor, self.ceiling = (x / (1 - args.gamma) for x in self.data[2].aminmax())
         # One optimiser: Adam treats every number alone, so this is the same as three.
         parameters = [*self.policy.parameters(), *self.critic.parameters()]
         self.optimizer = adam(parameters, args.learning_rate)
@@ -242,12 +236,13 @@ class FQL(nn.Module):
         actor, metrics = self.actor_loss(s)
         minimise(self.optimizer, critic + flow + actor)
         self.update_targets()
-        return metrics | {"losses/critic": critic, "losses/flow": flow, "values/q": q.mean()}
+        height = ((q.mean() - self.floor) / (self.ceiling - self.floor)).nan_to_num()
+        metrics |= {"values/q": q.mean(), "values/q_over_ceiling": height}
+        return metrics | {"losses/critic": critic, "losses/flow": flow}
 
     def sample(self):
         """A batch of s (B, S), a (B, A), r (B, 1), s' (B, S), d (B, 1)."""
-        n, device = len(self.data[0]), self.data[0].device
-        i = torch.randint(n, (self.args.batch_size,), device=device)
+        i = torch.randint(len(self.data[0]), (self.args.batch_size,), device=self.data[0].device)
         return [column[i] for column in self.data]
 
     def critic_loss(self, s, a, r, s_next, d):
@@ -297,9 +292,8 @@ class FQL(nn.Module):
 
     def validate(self, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Losses on held-out transitions."""
-        s, s_next = map(
-            self.policy.scaling.state, (data["observations"], data["next_observations"])
-        )
+        state = self.policy.scaling.state
+        s, s_next = state(data["observations"]), state(data["next_observations"])
         a = data["actions"]
         critic, _ = self.critic_loss(s, a, data["rewards"], s_next, data["terminals"])
         flow, (_, metrics) = self.flow_loss(s, a), self.actor_loss(s)
@@ -315,6 +309,7 @@ Learner = FQL  # the name by which the training loop knows it
 # D4RL's returns of a random and of an expert policy, which score 0 and 100.
 SCORES = {"HalfCheetah": (-280.178953, 12135.0), "Hopper": (-20.272305, 3234.3)}
 SCORES |= {"Walker2d": (1.629008, 4592.3), "Ant": (-325.6, 3879.7)}
+OURS = Path(__file__).resolve().parent.parent / "datasets"
 COLUMNS = "terminals timeouts rewards actions observations next_observations final_observations"
 ABOUT = "action_low action_high ref_min_score ref_max_score"
 
@@ -338,15 +333,14 @@ def explained(what: str):
 def read_dataset(name: str) -> dict:
     """An .hdf5 or .npz file (a path, or a name in datasets/) or a Minari data set (a folder, or an
     id) as it is: arrays with a row per transition, and what it says of itself."""
-    ours = Path(__file__).resolve().parent.parent / "datasets"
-    file = next((p for p in (Path(name), ours / f"{name}.hdf5") if p.is_file()), None)
+    file = next((p for p in (Path(name), OURS / f"{name}.hdf5") if p.is_file()), None)
     if file:
         with np.load(file) if file.suffix == ".npz" else h5py.File(file) as found:
             keys = [key for key in f"{COLUMNS} {ABOUT} truncations env_id".split() if key in found]
             return {**getattr(found, "attrs", {}), **{key: found[key][()] for key in keys}}
     folder = next((p for p in (name, f"{name}/data") if Path(p, "metadata.json").exists()), "")
     is_id = re.fullmatch(r"([\w-]+/)+[\w-]+-v\d+", name) or name in minari.list_local_datasets()
-    there = f"at hand are {', '.join(sorted(path.stem for path in ours.glob('*.hdf5')))}"
+    there = f"at hand are {', '.join(sorted(path.stem for path in OURS.glob('*.hdf5')))}"
     make = f"`python datasets/make.py {name}` makes or fetches what is ours or D4RL's (--list)"
     check(folder or is_id, f"No data set '{name}': {there}; {make}.")
     data = minari.MinariDataset(folder) if folder else minari.load_dataset(name, download=True)
@@ -444,7 +438,7 @@ def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], di
 
 def make_env(task: dict, **options) -> gym.Env:
     """The task's environment: an id, also module:Id, or a specification in JSON as Minari has."""
-    sys.path += [""] * ("" not in sys.path)  # modules of the current folder, too
+    sys.path += [x for x in ("", str(OURS)) if x not in sys.path]  # for modules of these folders
     env, of = task["env"], f"Environment {task['env'][:50]} (--env-id)"
     with explained(of):
         env = gym.make(EnvSpec.from_json(env) if env[0] == "{" else env, **options)
@@ -617,11 +611,11 @@ def train(args: Args) -> list[dict[str, float]]:
             save()
         if evaluates:
             row = {"step": step, "seconds": round(time.time() - began, 1)}
+            video = folder / "video" if args.capture_video and last else ""
             learner.eval()
             with torch.random.fork_rng(cuda), torch.no_grad():
                 torch.manual_seed(0)  # for policies that sample; training's numbers are kept
                 if task["env"] != "none":
-                    video = folder / "video" if args.capture_video and last else ""
                     seed = 1_000_003 * args.seed + step
                     row |= evaluate(learner.policy, task, args.eval_episodes, seed, video)
                 losses = learner.validate(validation) if len(held_out) else {}
@@ -636,7 +630,7 @@ def train(args: Args) -> list[dict[str, float]]:
             shown = [k for k in row if k[:5] in ("retur", "score") and "_std" not in k]
             shown = [f"  {k} {row[k]:.4g}" for k in shown or list(row)[2:]]
             best = max(x.get("return_mean", math.nan) for x in history)
-            bar.write(f"step {step:>9,}{''.join(shown)}  best {best:.4g}  left {left}")
+            bar.write(f"step {step:>9,}{''.join(shown)}  best {best:.4g}  left {left}  {video}")
             if last:
                 save()
         if stop and not last:

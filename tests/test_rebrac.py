@@ -295,9 +295,9 @@ def test_a_critic_step_moves_the_critic_alone():
 
 def test_an_actor_step_follows_the_critics_on_the_same_batch():
     """Critics, then the actor on the new critics, then both targets, after both steps."""
-    agent, alone = (learner(rebrac, tau=0.1, learning_rate=1e-2) for _ in range(2))
+    rows = data()
+    agent, alone = (learner(rebrac, rows, tau=0.1, learning_rate=1e-2) for _ in range(2))
     alone.load_state_dict(agent.state_dict())
-    alone.data = agent.data
     torch.manual_seed(5)
     metrics = agent.update_both()
     torch.manual_seed(5)

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 import units
-from conftest import NAMES, load
+from conftest import FILES, NAMES, load
 from units import A, S, equal, learner, split_critic
 
 bc = load("bc")
 CRITIC_FILES = [name for name in NAMES if hasattr(load(name), "TwinCritic")]
+VALUE_FILES = [path.stem for path in FILES if "values/q_over_ceiling" in path.read_text()]
 
 
 @pytest.fixture(autouse=True)
@@ -87,3 +88,24 @@ def test_a_policy_is_built_from_its_task_and_flags_alone(name):
     again.load_state_dict(state)
     assert equal(again.parameters(), agent.policy.parameters())
     assert agent.policy.actors().keys() == again.actors().keys() and "" in again.actors()
+
+
+@pytest.mark.parametrize("name", VALUE_FILES)
+@pytest.mark.parametrize("reward", ["any", "one"])
+def test_q_is_set_against_what_rewards_allow(name, reward):
+    """0: every reward the worst of the data, 1: every one the best; what cannot be told is 0."""
+    rows = units.data()
+    if reward == "one":
+        rows |= {"rewards": torch.zeros_like(rows["rewards"])}
+        rows |= {"returns_to_go": rows["rewards"]}
+    agent = learner(name, rows, gamma=0.9)
+    scale = getattr(agent, "reward_scale", getattr(agent.args, "reward_scale", 1.0))
+    metrics, step = {}, 0
+    while "values/q" not in metrics:
+        step += 1
+        metrics |= agent.phase(step)()
+    low, high = 10 * scale * rows["rewards"].min(), 10 * scale * rows["rewards"].max()
+    wanted = (metrics["values/q"] - low) / (high - low)
+    if reward == "any":
+        torch.testing.assert_close(metrics["values/q_over_ceiling"], wanted, atol=1e-4, rtol=1e-3)
+    assert metrics["values/q_over_ceiling"].isfinite()
