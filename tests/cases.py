@@ -24,6 +24,8 @@ SEQUENCE |= {"warmup_steps": 100}
 DIFFUSION = VALUE | {"hidden_dim": 64, "batch_size": 128, "candidates": 10, "ema_rate": 0.005}
 DIFFUSION |= {"steps": 2000, "eval_every": 500}
 FLOW = VALUE | {"hidden_dim": 64, "hidden_layers": 2, "batch_size": 128, "steps": 3000}
+MAZE = {"hidden_dim": 128, "hidden_layers": 2, "batch_size": 256, "learning_rate": 1e-3}
+MAZE |= {"tau": 0.02, "steps": 4000, "eval_every": 4000}
 NARROW = "pendulum-unimodal"  # one way to swing up, and nothing of what lies beside it
 SCARCE = "pendulum-random-expert-10"  # nine transitions of ten are random
 MIXED = "pendulum-random-medium-expert"
@@ -66,10 +68,104 @@ def shuffle_returns(module: ModuleType) -> None:
     module.DecisionTransformer.columns = shuffled
 
 
+def shuffle_labels(module: ModuleType) -> None:
+    """A discriminator whose labels, expert or not, no longer belong to their transitions."""
+    loss = module.GANIRL.discriminator_loss
+
+    def shuffled(self, x_e, x_u):
+        x = torch.cat([x_e, x_u])[torch.randperm(len(x_e) + len(x_u))]
+        return loss(self, *x.split([len(x_e), len(x_u)]))
+
+    module.GANIRL.discriminator_loss = shuffled
+
+
+def weigh_all_alike(module: ModuleType) -> None:
+    """DWBC that clones the demonstrations and everything else with one weight."""
+    module.DWBC.weights = lambda self, d_e, d_u: (torch.ones_like(d_e), torch.ones_like(d_u))
+
+
+def shuffle_kinds(module: ModuleType) -> None:
+    """DWBC whose discriminator learns from labels that no longer belong to their transitions."""
+    losses = module.DWBC.losses
+
+    def shuffled(self, s_e, a_e, s_u, a_u):
+        found, metrics = losses(self, s_e, a_e, s_u, a_u)
+        i, n = torch.randperm(len(s_e) + len(s_u)), len(s_e)
+        s, a = torch.cat([s_e, s_u])[i], torch.cat([a_e, a_u])[i]
+        other, _ = losses(self, s[:n], a[:n], s[n:], a[n:])
+        return found | {"discriminator": other["discriminator"]}, metrics
+
+    module.DWBC.losses = shuffled
+
+
+def weight_on_experts(module: ModuleType, folder: Path) -> float:
+    """Share in % of DWBC's weight on unlabelled transitions that falls on the expert's episodes
+    among them: those of 200 steps that return more than any random one does."""
+    saved = module.load_policy(folder).saved
+    args = module.Args(**saved["args"])
+    data, task = module.load_dataset(args.dataset)
+    data = {key: torch.as_tensor(array) for key, array in data.items()}
+    learner = module.Learner(data, task, args)
+    learner.load_state_dict(saved["learner"])
+    s, a = learner.others
+    d = learner.discriminator(s, a, learner.policy.log_prob(s, a))
+    w = learner.weights(d, d)[1].view(-1, 200)  # (episodes, steps)
+    _, others = module.demonstrations(data, task, args)
+    experts = others["returns_to_go"].view(-1, 200)[:, 0] > -500
+    return 100 * (w[experts].sum() / w.sum().clamp(min=1e-9)).item()
+
+
 def what_asking_brings(row: dict) -> float:
     """Points by which the first return asked for brings more than the second, a low one."""
     low = next(value for key, value in row.items() if key.startswith("score_target_"))
     return row["score"] - low
+
+
+def shuffle_goals(module: ModuleType) -> None:
+    """Goals that no longer belong to their transitions: what was reached later says nothing."""
+    draw = module.GCIQL.draw_goals
+
+    def shuffled(self, columns, i, shares, geometric):
+        goals = draw(self, columns, i, shares, geometric)
+        return goals[torch.randperm(len(goals))]
+
+    module.GCIQL.draw_goals = shuffled
+
+
+def knows_the_walls(module: ModuleType, folder: Path) -> float:
+    """Points by which the learnt value ranks far places of OGBench's medium maze better by their
+    distance on foot than the straight line does: 100 times the difference of rank correlations,
+    over all pairs of free cells with six steps or more from one to the other. No simulator."""
+    rows = "11111111 10011001 10010001 11000111 10010001 10100101 10001001 11111111".split()
+    free = [(i, j) for i in range(8) for j in range(8) if rows[i][j] == "0"]
+    pairs, steps = [], []
+    for start in free:
+        found, queue = {start: 0}, [start]
+        for i, j in queue:  # it grows
+            for cell in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)):
+                if cell in free and cell not in found:
+                    found[cell] = found[i, j] + 1
+                    queue.append(cell)
+        pairs += [(start, goal) for goal, k in found.items() if k >= 6]
+        steps += [k for k in found.values() if k >= 6]
+    places = 4.0 * torch.tensor(pairs).flip(2).float() - 4  # (P, 2, 2): x and y of row and column
+    policy = module.load_policy(folder)
+    args, weights = module.Args(**policy.saved["args"]), policy.saved["learner"]
+    v = module.Values(4, 2 if args.algo == "gcivl" else 1, args)
+    v.load_state_dict({key[2:]: value for key, value in weights.items() if key.startswith("v.")})
+    with torch.no_grad():
+        s, g = (policy.scaling.state(places[:, k]) for k in (0, 1))
+        value = v(s, g).mean(0)[:, 0]
+    line = (places[:, 0] - places[:, 1]).norm(dim=1)
+    distance = torch.tensor(steps).float()
+
+    def ranks(x):  # ties have their mean rank
+        return ((x[:, None] > x).sum(1) + 0.5 * (x[:, None] == x).sum(1)).float()
+
+    def correlation(x):
+        return torch.corrcoef(torch.stack([ranks(x), ranks(distance)]))[0, 1].item()
+
+    return 100 * (correlation(-value) - correlation(line))
 
 
 def rarer_mode(module: ModuleType, folder: Path) -> float:
@@ -332,6 +428,47 @@ CASES = {
         measure=what_asking_brings,
         end=3,
         ablations={"returns shuffled": shuffle_returns},
+    ),
+    # One episode of the expert is given, ten more are among a hundred random ones, unmarked.
+    "gan_irl": Case(
+        "gan_irl",
+        VALUE | {"steps": 5000, "discriminator_steps": 1000},
+        SCARCE,
+        end=35,
+        above={"bc_scarce": 30, "bc_demonstration": 5},
+        ablations={
+            "labels shuffled": shuffle_labels,
+            # These two do not fail: the reward without a GAN, and the data's own.
+            "reward mlp": {"reward": "mlp"},
+            "reward true": {"reward": "true"},
+        },
+    ),
+    # Three episodes of the expert are given, eight more are among a hundred random ones: 7 % of the
+    # unlabelled transitions. What the policy then does with its weights shows on HalfCheetah; on
+    # Pendulum cloning the three alone is as good.
+    "dwbc": Case(
+        "dwbc",
+        SMALL
+        | {"learning_rate": 3e-4, "discriminator_every": 10, "demonstration_episodes": 3}
+        | {"steps": 3000, "eval_every": 3000, "validation_fraction": 0.0},
+        SCARCE,
+        look=weight_on_experts,
+        end=45,
+        ablations={"weights all 1": weigh_all_alike, "labels shuffled": shuffle_kinds},
+    ),
+    "bc_demonstration": Case("bc", SMALL | {"frac": 0.01}, SCARCE),
+    # The value knows the walls of a maze; no simulator is asked. One-step targets do not carry it
+    # over the hundreds of steps from one end to the other, in as many updates.
+    "gciql": Case(
+        "gciql",
+        MAZE | {"algo": "gcivl", "n_step": 10, "awr_alpha": 0.5, "env_id": "none"},
+        "pointmaze-medium-navigate",
+        look=knows_the_walls,
+        end=8,
+        ablations={
+            "one-step targets": {"n_step": 1},
+            "goals shuffled": shuffle_goals,
+        },
     ),
     "sac": Case(
         "sac",

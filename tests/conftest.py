@@ -31,6 +31,9 @@ TINY_EXTRA = {
     | dict(model_steps=10, rollout_every=4, rollout_batch=8, termination="none"),
     "sac": dict(offline=True),
     "decision_transformer": dict(layers=2, context=4, warmup_steps=10),
+    "gciql": dict(hidden_layers=2),
+    "gan_irl": dict(discriminator_steps=10),
+    "dwbc": dict(discriminator_every=2),
 }
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 ALGORITHMS = Path(__file__).resolve().parents[1] / "algorithms"
 
-# name: (file with the original, pattern of the block, the files that have it, a file without it);
-# ALL but that file, where the third says so
+# name: (file with the original, pattern of the block, the files that have it, files without it...);
+# ALL but those files, where the third says so
 ALL = None
 BLOCKS = {
     "run flags": (
@@ -19,7 +19,7 @@ BLOCKS = {
         r"    # The run: the same flags in every file\.\n.*?capture_video.*?\n",
         ALL,
     ),
-    "mlp": ("bc.py", r"def mlp\(.*?\n\n\n", ALL, "diffusion_ql.py"),
+    "mlp": ("bc.py", r"def mlp\(.*?\n\n\n", ALL, "diffusion_ql.py", "gciql.py"),
     "scaling": ("bc.py", r"class Scaling\(.*?(?=\n\n\n)", ALL),
     "twin critic, one or both": (
         "td3_bc.py",
@@ -29,7 +29,13 @@ BLOCKS = {
     "twin critic": (
         "sac.py",
         r"class TwinCritic\(.*?(?=\n\n\n)",
-        ("sac.py", "iql.py", "cql.py", "diffusion_ql.py", "gan_world_model.py"),
+        ("sac.py", "iql.py", "cql.py", "diffusion_ql.py", "gan_world_model.py", "gan_irl.py"),
+    ),
+    "IQL's policy": ("iql.py", r"class Policy\(.*?(?=\n\n\n)", ("iql.py", "gan_irl.py")),
+    "demonstrations": (
+        "gan_irl.py",
+        r"def demonstrations\(.*?(?=\n\n\n)",
+        ("gan_irl.py", "dwbc.py"),
     ),
     "SAC's policy": (
         "sac.py",
@@ -47,19 +53,27 @@ BLOCKS = {
         ALL,
     ),
     "environment": ("bc.py", r"def make_env\(.*?(?=\n\n\ndef evaluate)", ALL),
-    # A policy with a memory is evaluated in its own way.
-    "evaluation": ("bc.py", r"def evaluate\(.*?(?=\n\n\ndef )", ALL, "decision_transformer.py"),
+    # A policy with a memory is evaluated in its own way, and one with goals.
+    "evaluation": (
+        "bc.py",
+        r"def evaluate\(.*?(?=\n\n\ndef )",
+        ALL,
+        "decision_transformer.py",
+        "gciql.py",
+    ),
     "load policy": ("bc.py", r"def load_policy\(.*?(?=\n\n\n)", ALL),
     "training loop": ("bc.py", r"def train\(.*?(?=\n\n\ndef )", ALL),
     "training helpers": ("bc.py", r"def adam\(.*\Z", ALL),
 }
 # What a copy may say instead: SAC's data may come from acting.
 VARIANTS = {
-    "sac.py": (
-        "    data, task = load_dataset(args.dataset, args.env_id)\n",
-        "    data, task = load_dataset(args.dataset, args.env_id) if args.offline else"
-        " empty_buffer(args)\n",
-    )
+    "sac.py": [
+        (
+            "    data, task = load_dataset(args.dataset, args.env_id)\n",
+            "    data, task = load_dataset(args.dataset, args.env_id) if args.offline else"
+            " empty_buffer(args)\n",
+        )
+    ],
 }
 
 
@@ -67,7 +81,9 @@ def original(block: str, file: str) -> str:
     """The text of a block that a file should have."""
     origin, pattern, *_ = BLOCKS[block]
     text = re.search(pattern, (ALGORITHMS / origin).read_text(), re.DOTALL)[0]
-    return text.replace(*VARIANTS[file]) if file in VARIANTS else text
+    for found, instead in VARIANTS.get(file, []):
+        text = text.replace(found, instead)
+    return text
 
 
 def drifted() -> dict[str, dict[str, str]]:
