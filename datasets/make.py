@@ -4,6 +4,7 @@
     python datasets/make.py hopper-medium hopper-medium-expert
     python datasets/make.py all
     python datasets/make.py hopper-medium-replay-v2
+    python datasets/make.py pointmaze-medium-navigate --transitions 1000000
     python datasets/make.py hopper-medium --format minari
     python datasets/make.py --mix hopper-random:0.9,hopper-expert:0.1 --name hopper-random-expert-10
 
@@ -44,6 +45,7 @@ from tqdm import tqdm
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent / "algorithms"))
+sys.path.append(str(FOLDER))  # for goals and environments
 import sac  # noqa: E402  its policy acts, its table has D4RL's reference returns
 
 TASKS = {  # name: environment, transitions of each level
@@ -64,7 +66,7 @@ OURS = [f"{task}-{level}" for task in TASKS for level in LEVELS]
 OURS += [f"pendulum-{kind}" for kind in DEMONSTRATIONS]
 BUFFERS = ("hopper-medium-replay", "pendulum-medium-replay")  # a rollout cannot make these again
 SHIPPED = (*BUFFERS, "pendulum-random-medium-expert", "pendulum-random-expert-10")
-SHIPPED += ("pendulum-bimodal", "pendulum-unimodal")
+SHIPPED += ("pendulum-bimodal", "pendulum-unimodal", "pointmaze-medium-navigate")
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
 D4RL_TASKS = {  # -v4 has the dynamics and the rewards of the -v2 environments of D4RL
@@ -79,7 +81,22 @@ D4RL = {  # name: file
     for task in D4RL_TASKS
     for level in D4RL_LEVELS
 }
-KNOWN = [*OURS, *D4RL]
+GOAL_TASKS = {  # by goals.py, which needs OGBench
+    "pointmaze-umaze": ("navigate", "stitch"),
+    "pointmaze-medium": ("navigate", "stitch"),
+    "pointmaze-large": ("navigate", "stitch"),
+    "antmaze-umaze": ("navigate", "stitch"),
+    "antmaze-medium": ("navigate", "stitch"),
+    "cube-single": ("play",),
+    "scene": ("play",),
+}
+GOALS = [f"{task}-{kind}" for task, kinds in GOAL_TASKS.items() for kind in kinds]
+SINGLETASKS = ("", *(f"-task{i}" for i in range(1, 6)))
+REWARDED = [f"{name}-singletask{task}" for name in GOALS for task in SINGLETASKS]
+WALKER = "ant-directions"  # the policy that walks in the antmazes
+
+
+KNOWN = [*OURS, *GOALS, *REWARDED, *D4RL]
 
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 
@@ -101,7 +118,8 @@ class Args:
     name: str = ""
     """name of the mixture"""
     transitions: int = 0
-    """size of the mixture, to within an episode of each part; 0: as much as its parts allow"""
+    """size of the mixture, to within an episode of each part; 0: as much as its parts allow; of a
+    maze's or an arm's data: 0 is 100,000, OGBench's own have a million"""
     seed: int = 0
     """seed of rollouts and mixtures"""
     format: Literal["hdf5", "minari"] = "hdf5"
@@ -113,7 +131,7 @@ class Args:
     from_sac: str = ""
     """maintainers: build the policies (and a shipped replay set) of --task from this SAC run"""
     task: str = ""
-    """hopper, halfcheetah, walker2d or pendulum"""
+    """hopper, halfcheetah, walker2d or pendulum; ant-directions for the walker of the antmazes"""
     medium_step: int = 0
     """environment step of the medium policy; 0: the first whose evaluation passes a third of the
     expert's return"""
@@ -141,7 +159,9 @@ def check_known(name: str) -> None:
     if name not in KNOWN and not path_of(name).exists():
         raise SystemExit(
             f"No data set '{name}'. There are {', '.join(TASKS)}, each with -{', -'.join(LEVELS)};"
-            f" pendulum-{', pendulum-'.join(DEMONSTRATIONS)}; D4RL's {', '.join(D4RL_TASKS)}, each"
+            f" pendulum-{', pendulum-'.join(DEMONSTRATIONS)}; {', '.join(GOALS)}, each also with"
+            f" -singletask or -singletask-task1 to -task5; D4RL's"
+            f" {', '.join(D4RL_TASKS)}, each"
             f" with -{'-v2, -'.join(D4RL_LEVELS)}-v2; other mixtures with --mix."
         )
 
@@ -165,7 +185,7 @@ def make_env(env_id: str) -> gym.Env:
 def environment_of(name: str) -> str:
     """The id of a data set's environment, by its name or, of a mixture, by its file."""
     task = name.partition("-")[0]
-    if name in KNOWN:
+    if name in OURS or name in D4RL:
         return D4RL_TASKS[task] if name in D4RL else TASKS[task][0]
     try:
         with h5py.File(path_of(name)) as file:
@@ -188,6 +208,7 @@ def read(name: str) -> tuple[Data, dict]:
             lacks = "has no final_observations, the successors at the ends of its episodes"
             raise SystemExit(f"{path_of(name)} {lacks}; it can be trained on, but not be copied.")
         data = {key: file[key][()] for key in COLUMNS if key != "next_observations"}
+        data |= {key: file[key][()] for key in ("qpos", "button_states") if key in file}
         successors = np.roll(data["observations"], -1, axis=0)
         successors[data["terminals"] | data["timeouts"]] = file["final_observations"][()]
         return data | {"next_observations": successors}, dict(file.attrs)
@@ -248,7 +269,7 @@ def write_minari(name: str, overwrite: bool) -> None:
             buffers,
             env=env,
             observation_space=gym.spaces.Box(box.low, box.high, dtype=np.float32),
-            algorithm_name="controller" if name.endswith(DEMONSTRATIONS) else "SAC",
+            algorithm_name="controller" if name.endswith((*DEMONSTRATIONS, "play")) else "SAC",
             author="D4RL" if name in D4RL else "CleanDGM",
             ref_min_score=float(attributes["ref_min_score"]),
             ref_max_score=float(attributes["ref_max_score"]),
@@ -290,12 +311,16 @@ def references(env_id: str) -> tuple[float, float]:
     """Returns that score 0 and 100: D4RL's, or else a random and the expert policy's."""
     if known := d4rl_references(env_id):
         return known
+    if env_id.startswith(("ogbench:", "environments:")):  # the return is the success
+        return 0.0, 1.0
     policies = load_policies(next((x for x in TASKS if TASKS[x][0] == env_id), env_id))
     return policies["random_return"], policies["returns"][str(policies["steps"]["expert"])]
 
 
 def from_sac(args: Args) -> None:
     """Policies of a task, and its replay set if that ships, from a run of algorithms/sac.py."""
+    if args.task == WALKER:
+        return keep_walker(args)
     if args.task not in TASKS:
         raise SystemExit(f"--task '{args.task}': one of {', '.join(TASKS)}.")
     task, run, (env_id, n) = args.task, Path(args.from_sac), TASKS[args.task]
@@ -350,6 +375,20 @@ def from_sac(args: Args) -> None:
         length = f"{len(data['actions']):,}"
         how = f"the first {length} transitions of the replay buffer of algorithms/sac.py"
         write(replay_name, data, env_id, how, seconds=0)
+
+
+def keep_walker(args: Args) -> None:
+    """The Ant's policy of one step, by default the last, of a run in AntDirections-v0."""
+    path = FOLDER / "policies" / f"{WALKER}.pt"
+    check_free(path, args.overwrite)
+    there = {int(path.stem): path for path in Path(args.from_sac, "policies").glob("*.pt")}
+    step = args.expert_step or max(there, default=0)
+    if step not in there:
+        raise SystemExit(f"{args.from_sac}: no snapshot of step {step or 'any'}.")
+    state = torch.load(there[step], weights_only=True)
+    state = {k: v.half() if k.startswith("net.") else v for k, v in state.items()}
+    with replacing(path) as partial:
+        torch.save({"steps": {"walk": step}, "policies": {str(step): state}}, partial)
 
 
 # ------------------------------------------------------------------------------- Demonstrations
@@ -476,6 +515,8 @@ def make(name: str, args: Args) -> None:
     check_free(path_of(name), args.overwrite)
     if name in D4RL:
         return fetch(name)
+    if name in GOALS or name in REWARDED:
+        return make_goals(name, args)
     if name in BUFFERS or name not in KNOWN:
         how = "ships with the project: git restores it" if name in SHIPPED else "is made by --mix"
         raise SystemExit(f"{name} {how}.")
@@ -507,6 +548,31 @@ def make(name: str, args: Args) -> None:
         policy = policies and policy_at(policies, step)
         parts.append(roll_out(env_id, policy, n // len(steps), seed))
     write(name, join(parts), env_id, how, time.time() - began)
+
+
+def make_goals(name: str, args: Args) -> None:
+    """A data set of goals.py; of a -singletask first the one that it gives rewards to."""
+    import goals
+
+    base = name.partition("-singletask")[0]
+    if name in REWARDED:
+        if not path_of(base).exists():
+            make(base, args)
+        began, (data, _) = time.time(), read(base)
+        n = len(data["rewards"])
+        if args.transitions not in (0, n):
+            raise SystemExit(f"--transitions {args.transitions:,}: {base} has {n:,}, delete it.")
+        data, env_id, how = goals.singletask(name, data)
+    else:
+        began, seed = time.time(), zlib.crc32(f"{name} {args.seed}".encode())
+        if args.transitions < 0:
+            raise SystemExit(f"--transitions {args.transitions}: 1 or more, or 0 for 100,000.")
+        walker = None
+        if name.startswith("ant"):
+            policies = load_policies(WALKER)
+            walker = policy_at(policies, policies["steps"]["walk"])
+        data, env_id, how = goals.recipe(name, args.transitions or 100_000, seed, walker)
+    write(name, data, env_id, how, time.time() - began)
 
 
 def make_mixture(name: str, shares: dict[str, float], args: Args) -> None:
@@ -694,8 +760,11 @@ def show_list() -> None:
     for name in KNOWN + [name for name in there if name not in KNOWN]:
         task, _, level = name.partition("-")
         rolled = {"random": "random actions"} | dict.fromkeys(DEMONSTRATIONS, "a controller")
+        if name in REWARDED and name not in there:
+            continue  # six of each of the others: the last line says it
         how = rolled.get(level, f"policies/{task}.pt, rolled out")
         how = "mixture" if level in MIXTURES or name not in KNOWN else how
+        how = "OGBench's recipe" if name in GOALS or name in REWARDED else how
         how = "ships" if name in SHIPPED else "D4RL's, downloaded" if name in D4RL else how
         line = f"{name:34}{how:32}"
         if name in there:
@@ -704,21 +773,28 @@ def show_list() -> None:
                 starts, returns = episodes_of({key: file[key][()] for key in keys})
             line += f"{starts[-1]:12,}{len(returns):10,}{returns.mean():13.1f}"
         print(line.rstrip())
+    tasks = f"-singletask and -singletask-task1 to -task{len(SINGLETASKS) - 1}"
+    print(f"Each of {GOALS[0]} to {GOALS[-1]} can have rewards: with {tasks} behind its name.")
 
 
 def card_table() -> str:
-    """The table of the data card, from the files of ours that are there."""
-    head = "data set|transitions|episodes|mean return|min|25 %|median|75 %|max|MB|s to make|how"
-    lines = [f"| {head.replace('|', ' | ')} |", "|---|" + "--:|" * 10 + "---|"]
-    for name in [name for name in names_there() if name not in D4RL]:
+    """The tables of the data card, one for each task, from the files of ours that are there."""
+    head = "data set|transitions|episodes|mean|min|25 %|median|75 %|max|MB|s to make"
+    head = f"| {head.replace('|', ' | ')} |\n|---|{'--:|' * 10}\n"
+    rows, made = {}, {}  # task -> lines
+    others = {*D4RL, *GOALS, *REWARDED}  # goals have no returns
+    for name in [name for name in names_there() if name not in others]:
         data, attributes = read(name)
         _, returns = episodes_of(data)
         numbers = [f"{len(data['rewards']):,}", f"{len(returns):,}", f"{returns.mean():.0f}"]
         numbers += [f"{x:.0f}" for x in np.percentile(returns, (0, 25, 50, 75, 100))]
         seconds = "-" if name in BUFFERS else f"{attributes['seconds']:.1f}"
         numbers += [f"{path_of(name).stat().st_size / 1e6:.1f}", seconds]
-        lines.append(f"| {' | '.join([f'`{name}`', *numbers, str(attributes['description'])])} |")
-    return "\n".join(lines) + "\n"
+        task, level = attributes["env_id"].partition("-")[0], name.partition("-")[2]
+        rows.setdefault(task, []).append(f"| `{name}` | {' | '.join(numbers)} |\n")
+        made.setdefault(task, []).append(f"- `{level}`: {attributes['description']}\n")
+    parts = (f"### {t}\n\n{head}{''.join(rows[t])}\n{''.join(made[t])}" for t in rows)
+    return "\n".join(parts)
 
 
 def write_card() -> None:

@@ -488,7 +488,8 @@ def test_card_and_list(make, maker, capsys):
     assert rows["hopper-expert"].endswith("policies/hopper.pt, rolled out")
     assert rows["pendulum-bimodal"].split()[1] == "ships"
     assert rows["ant-full-replay-v2"].endswith("D4RL's, downloaded")
-    assert set(maker.KNOWN) < set(rows)
+    assert set(maker.KNOWN) - set(maker.REWARDED) < set(rows)
+    assert rows["scene-play"].endswith("OGBench's recipe")
 
 
 def test_the_card_is_up_to_date(maker):
@@ -496,7 +497,9 @@ def test_the_card_is_up_to_date(maker):
     card = (maker.FOLDER / "README.md").read_text()
     table = {row.split(" | ")[0]: row for row in maker.card_table().splitlines()}
     for name in maker.SHIPPED:
-        assert table[f"| `{name}`"] in card, name
+        assert f"| `{name}`" in card, name
+        if name not in maker.GOALS:  # those have a table of their own
+            assert table[f"| `{name}`"] in card, name
 
 
 # ----------------------------------------------------------------------------------------- D4RL
