@@ -7,12 +7,17 @@ work on GitHub; here they come to work on the site too.
   is shown as a list of its files, a picture is copied.
 - `<!-- include: ../path/to/file.md -->` is replaced by that file, or by the part of it between
   `<!-- name: begin -->` and `<!-- name: end -->` with `<!-- include: ../path/to/file.md name -->`.
-- The navigation lists every page of docs/algorithms.
+- `<!-- results: a2po -->` is replaced by that algorithm's rows of the result tables and its
+  learning curves, read from benchmark_results when the site is built.
+- The navigation lists the pages of docs/algorithms by family, as the tables of docs/index.md do.
+- The repository's address, which "Edit this page" needs, is `repository-code` in CITATION.cff.
 """
 
 import ast
+import csv
 import posixpath
 import re
+import subprocess
 from html import escape
 from pathlib import Path
 
@@ -28,20 +33,58 @@ PAGES = {  # files of the repository that are, or are part of, a page of their o
     "datasets/README.md": "datasets.md",
     "benchmark_results/results.md": "results.md",
     "benchmark_results/speed.md": "speed.md",
-    "docs/algorithms": "map.md",
+    "docs/algorithms": "algorithms/index.md",
 }
 PICTURES = (".png", ".svg", ".jpg", ".gif")
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 CODE = re.compile(r"(^ *```.*?^ *```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 INCLUDE = re.compile(r"<!-- include: (\S+?)(?: (\S+))? -->")
+RESULTS = re.compile(r"<!-- results: (\w+) -->")
+# Of curves, legible on white and on black.
+COLOURS = ("#3f51b5", "#ef6c00", "#00897b", "#ad1457", "#6d4c41", "#0288d1")
 
 
 def on_config(config):
-    pages = sorted(path.name for path in (ROOT / "docs" / "algorithms").glob("*.md"))
     for entry in config.nav:
         if "Algorithms" in entry:
-            entry["Algorithms"] = [f"algorithms/{name}" for name in pages]
+            entry["Algorithms"] = ["algorithms/index.md", *by_family()]
+    config.repo_url = repository()
+    if config.repo_url:
+        config.repo_name = config.repo_url.split("/", 3)[3]
+        config.edit_uri = "edit/main/docs/"
+        config.theme["features"].append("content.action.edit")
     return config
+
+
+def by_family() -> list:
+    """The pages of docs/algorithms as the families' tables of docs/index.md list them."""
+    _, _, tables = (ROOT / "docs/index.md").read_text().partition("<!-- files: begin -->\n")
+    nav, missing = [], {path.stem for path in (ROOT / "docs/algorithms").glob("*.md")} - {"index"}
+    for family in re.split(r"^### ", tables.partition("<!-- files: end -->")[0], flags=re.M)[1:]:
+        found = dict.fromkeys(re.findall(r"\(algorithms/(\w+)\.md\)", family))
+        nav.append({family.partition("\n")[0]: [f"algorithms/{name}.md" for name in found]})
+        missing -= {*found}
+    if missing:
+        raise PluginError(f"docs/index.md has no row for algorithms/{sorted(missing)[0]}.md.")
+    return nav
+
+
+def repository() -> str | None:
+    """The repository's address: CITATION.cff's, else that of git's origin if it is on the web."""
+    found = re.search(r"^repository-code: *\"?(https://\S+?)\"?$", read("CITATION.cff"), re.M)
+    if found:
+        return found[1].removesuffix(".git")
+    ask = ["git", "-C", str(ROOT), "config", "--get", "remote.origin.url"]
+    try:
+        origin = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # no git
+        return None
+    found = re.fullmatch(r"(?:https://|ssh://git@|git@)([\w.-]+)[:/]([\w./-]+?)(?:\.git)?", origin)
+    return f"https://{found[1]}/{found[2]}" if found else None
+
+
+def read(path: str) -> str:
+    return (ROOT / path).read_text() if (ROOT / path).exists() else ""
 
 
 def on_files(files, config):
@@ -63,7 +106,40 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     here = page.file.src_uri
-    return markdown if page.file.generated_by else linked(markdown, f"docs/{here}", here)
+    if page.file.generated_by:
+        path = here.removeprefix("source/")
+        path = path if (ROOT / path).exists() else path.removesuffix(".md")
+        page.edit_url = f"{config.repo_url}/edit/main/{path}" if config.repo_url else None
+        return markdown
+    # Words of the tags count for most in the search: the papers' titles find an algorithm.
+    cited = re.findall(r"^ *title += \{(.+?)\},$", markdown.partition("## Cite\n")[2], re.M | re.S)
+    page.meta["tags"] = [" ".join(re.sub(r"[{}]", "", title).split()) for title in cited]
+    markdown = RESULTS.sub(lambda match: results(match[1]), markdown)
+    return linked(markdown, f"docs/{here}", here)
+
+
+def on_page_content(html, page, config, files):
+    """Names, `--eval-every` and hopper-medium-replay, do not break at a hyphen or a slash: in the
+    text, in cells of tables, and in code, which wraps on a narrow screen."""
+
+    def kept(match):
+        if match[0].startswith("<pre><code>"):
+            return match[0]  # the listing of a file, which scrolls
+        if match[0].startswith("<pre>"):
+            return re.sub(r"(?<=>)[^<>]+", unbroken, match[0])
+        return re.sub(r"(?<=>)[^<]+", unbroken, match[0])
+
+    parts = r"<pre>.*?</pre>|<code>[^<]+</code>|<td>[\w.]+(?:-[\w.]+)+</td>"
+    return re.sub(parts, kept, html, flags=re.DOTALL)
+
+
+def unbroken(text) -> str:
+    """Words of up to 40 characters as what site.css keeps on one line; longer ones may not fit."""
+
+    def whole(word):
+        return f'<span class="name">{word[0]}</span>' if len(word[0]) <= 40 else word[0]
+
+    return re.sub(r"\S{2,}", whole, text[0])
 
 
 def linked(markdown: str, page: str, here: str) -> str:
@@ -121,12 +197,14 @@ def copied(path: str, config) -> File:
         page = ROOT / "docs" / "algorithms" / f"{place.stem}.md"
         if path.startswith("algorithms/") and page.exists():
             head += f"[What this file is about](../../algorithms/{page.name}).\n\n"
+        head += "*The whole file. On a narrow screen its lines scroll sideways.*\n\n"
         body = shown(place)
     return File.generated(config, uri(path), content=head + body)
 
 
 def shown(path: Path) -> str:
-    """A source file as highlighted HTML: sections under headings, an anchor at each function."""
+    """A source file as highlighted HTML: sections under headings, an anchor at each function. The
+    anchor is a `span`: the theme takes an `a` in a code block for a line number and moves it."""
     text, headings, anchors = path.read_text(), {}, {}
     if path.suffix == ".py":
         tree = ast.parse(text)
@@ -150,9 +228,91 @@ def shown(path: Path) -> str:
             html.append(f"## {headings[number]}\n\n" if number in headings else "")
             html.append('<div class="highlight source"><pre><code>')
             opened = True
-        anchor = f'<a id="{escape(anchors[number])}"></a>' if number in anchors else ""
-        html.append(f'{anchor}<span class="line" id="L{number}" data-n="{number}">{line}\n</span>')
+        line = f'<span class="line" id="L{number}" data-n="{number}">{line}\n</span>'
+        name = f'<span id="{escape(anchors[number])}">' if number in anchors else ""
+        html.append(f"{name}{line}</span>" if name else line)
     return "".join(html) + "</code></pre></div>\n"
+
+
+def results(name: str) -> str:
+    """An algorithm's rows of the tables in benchmark_results and docs/results.md; its curves."""
+    rows = []
+    tables = re.findall(r"(?:^\|.*\n)+", read("benchmark_results/results.md"), re.MULTILINE)
+    for table in tables:
+        head, *lines = [[c.strip() for c in row.split("|")[1:-1]] for row in table.splitlines()]
+        if head[1:2] == ["algorithm"] and "minutes a run" in head:
+            rows += [[head[0], *line] for line in lines if line[1] == name]
+    text = ""
+    if rows:
+        text += "| after | data | seeds | final | best | minutes |\n|---|---|--:|--:|--:|--:|\n"
+    for after, data, _, *numbers in rows:
+        text += f"| {after} | {data} | {' | '.join(numbers)} |\n"
+    text += first_steps(name) + curves(name)
+    return text or "No run of this file is in `benchmark_results` yet.\n"
+
+
+def first_steps(name: str) -> str:
+    """What docs/results.md says of an algorithm in its table of every file, after few steps."""
+    text = read("docs/results.md").partition("<!-- every: begin -->")[2]
+    text = text.partition("<!-- every: end -->")[0]
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        head, _, *rows = table.splitlines()
+        row = [row for row in rows if row.startswith(f"| {name} |")]
+        if row:
+            cells = [cell.strip() for cell in f"{head}{row[0]}".split("|")]
+            steps, *data = cells[1 : len(cells) // 2]
+            numbers = cells[len(cells) // 2 + 2 : -1]
+            pairs = [f"{number} on `{which}`" for which, number in zip(data, numbers, strict=True)]
+            return f"\nAfter {steps}, three seeds: {', '.join(pairs)}.\n"
+    return ""
+
+
+def curves(name: str) -> str:
+    """The score at each evaluation of an algorithm's longest runs, as a drawing."""
+    for folder in ("runs", "short"):
+        paths = sorted((ROOT / "benchmark_results" / folder / name).glob("*/seed*/eval.csv"))
+        lines = {}  # data set -> [[(step, score)]]
+        for path in paths:
+            rows = csv.DictReader(path.read_text().splitlines())
+            points = [(float(row["step"]), float(row["score"])) for row in rows if row["score"]]
+            if points:
+                lines.setdefault(path.parts[-3], []).append(points)
+        if lines:
+            return drawn(name, lines, folder)
+    return ""
+
+
+def drawn(name: str, lines: dict, folder: str) -> str:
+    points = [point for group in lines.values() for run in group for point in run]
+    last, low = max(x for x, _ in points), min(0.0, *(y for _, y in points))
+    high = max(100.0, *(y for _, y in points))
+    width, top, tall = 480, 12 + 17 * len(lines), 190
+
+    def at(x, y):
+        return f"{44 + x / last * (width - 56):.1f},{top + (high - y) / (high - low) * tall:.1f}"
+
+    svg = [f'<svg viewBox="0 0 {width} {top + tall + 40}" role="img" aria-label="learning curves">']
+    for y in range(0, int(high) + 1, 25):
+        left, right = at(0, y).split(","), at(last, y).split(",")
+        svg.append(f'<path class="grid" d="M{left[0]} {left[1]}H{right[0]}"/>')
+        svg.append(f'<text x="38" y="{float(left[1]) + 4:.1f}" text-anchor="end">{y}</text>')
+    for k in range(5):
+        x = at(last * k / 4, low).split(",")[0]
+        end = ' text-anchor="end"' if k == 4 else ' text-anchor="middle"' if k else ""
+        svg.append(f'<text x="{x}" y="{top + tall + 18}"{end}>{last * k / 4:,.0f}</text>')
+    svg.append(f'<text x="{width / 2}" y="{top + tall + 36}" text-anchor="middle">steps</text>')
+    for k, (dataset, group) in enumerate(sorted(lines.items())):
+        colour = COLOURS[k % len(COLOURS)]
+        svg.append(f'<path stroke="{colour}" stroke-width="3" d="M44 {9 + 17 * k}h18"/>')
+        svg.append(f'<text x="68" y="{13 + 17 * k}">{dataset}</text>')
+        svg += [
+            f'<polyline stroke="{colour}" points="{" ".join(at(x, y) for x, y in run)}"/>'
+            for run in group
+        ]
+    where = f"benchmark_results/{folder}/{name}"
+    caption = f"Score at each evaluation, a line for each seed, from <code>{where}</code>."
+    svg.append(f"</svg><figcaption>{caption}</figcaption>")
+    return f'\n<figure class="curves">{"".join(svg)}</figure>\n'
 
 
 def names(node, prefix=""):
