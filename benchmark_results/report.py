@@ -39,8 +39,8 @@ CALIBRATION = FOLDER.parent / "tests" / "calibration"
 FILES = sorted(path.stem for path in (FOLDER.parent / "algorithms").glob("*.py"))
 HEAD = """# Results
 
-`final`: mean of the last five evaluations; `best`: the best single one, which nobody can choose
-without the environment. Over seeds: mean and 95 % bootstrap interval.
+`final`: mean of the last five evaluations; `best`: the best single one, which needs access to the
+environment to select. Over seeds: mean and 95 % bootstrap interval.
 
 """
 TIME = (
@@ -374,7 +374,8 @@ def beside(runs: list[Run]) -> list[Run]:
 
 def colours(runs: list[Run]) -> dict[str, str | tuple]:
     """A colour for each algorithm: a file's is the same in every plot of every report."""
-    own = [*plt.colormaps["tab10"].colors, "navy", "maroon", "black", "gold"]
+    own = [*plt.colormaps["tab10"].colors, "navy", "maroon", "black", "gold", "teal", "indigo"]
+    own += ["tomato", "yellowgreen", "deeppink", "sienna", "slateblue", "darkkhaki", "cyan", "lime"]
     found = {name: own[i % len(own)] for i, name in enumerate(FILES)}
     others = plt.colormaps["Dark2"].colors + plt.colormaps["tab20b"].colors
     names = sorted({run.algorithm for run in runs} - set(FILES))
@@ -485,9 +486,9 @@ def ours() -> str:
     text += f"![curves](beside.png)\n\n## Behind the data sets\n\n{tables(online)}\n"
     (FOLDER / "results.md").write_text(text + "![curves of SAC](sac.png)\n")
     write_csv(runs, FOLDER / "results.csv")
-    insert(readme, "results", tables(offline))
-    insert(readme, "together", aggregate(offline))
+    insert(readme, "results", side_by_side(offline))
     page = FOLDER.parent / "docs" / "results.md"
+    insert(page, "together", aggregate(offline))
     insert(page, "calibration", calibration_table())
     insert(page, "short", side_by_side(short))
     insert(page, "every", every_file(with_long(short, offline)))

@@ -2,18 +2,23 @@
 
 import ast
 import importlib.util
+import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import shared_blocks
 import test_structure
 import torch
 import tyro
+import worked_example
 from conftest import NAMES, ROOT, load, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -188,6 +193,8 @@ def test_commands_train(page, weighted, tmp_path):
         online = module_name == "sac" and not args.offline
         if not online and not data.exists():
             continue  # to be made, to be downloaded, or the reader's own
+        if "maze" in args.dataset and importlib.util.find_spec("ogbench") is None:
+            continue  # its environment is in requirements-goals.txt
         for key, value in (SHORT | (ONLINE if online else {})).items():
             if hasattr(args, key):
                 setattr(args, key, value)
@@ -267,21 +274,54 @@ READING = DOCS / "reading.md"
 
 @pytest.fixture(scope="session")
 def weighted(tmp_path_factory) -> Path:
-    """A folder with algorithms/weighted_bc.py, made from bc.py as docs/reading.md tells."""
-    text = (ROOT / "algorithms" / "bc.py").read_text()
-    docstring = next(block for block in blocks(READING, "python") if block.startswith('"""'))
-    text = docstring + text[text.index('"""', 3) + 4 :]
-    (changes,) = blocks(READING, "diff")
-    for hunk in re.split(r"^@@.*\n", changes, flags=re.MULTILINE)[1:]:
-        lines = hunk.splitlines(keepends=True)
-        old = "".join(line[1:] for line in lines if line[0] in " -")
-        new = "".join(line[1:] for line in lines if line[0] in " +")
-        assert text.count(old) == 1, f"not once in bc.py:\n{old}"
-        text = text.replace(old, new)
+    """A folder with algorithms/weighted_bc.py beside the other files."""
     folder = tmp_path_factory.mktemp("example")
     shutil.copytree(ROOT / "algorithms", folder / "algorithms")
-    (folder / "algorithms" / "weighted_bc.py").write_text(text)
+    shutil.copy(worked_example.EXAMPLE, folder / "algorithms")
     return folder
+
+
+def test_the_worked_example_is_made_by_its_diff(tmp_path):
+    """As docs/reading.md says: a copy of bc.py, and `git apply`."""
+    assert worked_example.updated() == worked_example.EXAMPLE.read_text(), HOW
+    assert worked_example.difference() == worked_example.DIFF.read_text(), HOW
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    commands = blocks(READING, "bash")
+    (making,) = (text for text in commands if "git apply" in text)
+    for folder in ("algorithms", "docs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    subprocess.run(["bash", "-e", "-c", making], cwd=tmp_path, check=True)
+    made = (tmp_path / "algorithms" / "weighted_bc.py").read_text()
+    assert made == worked_example.EXAMPLE.read_text()
+
+
+HOW = "bc.py has changed: python tests/worked_example.py --write"
+
+
+def excerpts(page: Path) -> list[str]:
+    """The Python blocks of a page that quote a file; the others are programs."""
+    return [text for text in blocks(page, "python") if "import " not in text]
+
+
+def unquoted(page: Path, file: Path) -> list[str]:
+    """The lines of a page's excerpts that the file does not have, in this order within a block. A
+    `...` stands for anything, and comments behind the code may be left out."""
+    lines = [line.strip() for line in file.read_text().splitlines()]
+    wrong = []
+    for block in excerpts(page):
+        at = 0
+        for quoted in filter(None, map(str.strip, block.splitlines())):
+            pattern = ".*".join(re.escape(part) for part in quoted.split("..."))
+            found = [i for i, x in enumerate(lines) if re.fullmatch(rf"{pattern}(  # .*)?", x)]
+            wrong += [quoted] * (not found or found[-1] < at)
+            at = next((i for i in found if i >= at), at)
+    return wrong
+
+
+def test_reading_quotes_the_worked_example():
+    assert len(excerpts(READING)) >= 4
+    assert unquoted(READING, worked_example.EXAMPLE) == []
 
 
 def test_the_worked_example_keeps_the_form(weighted, monkeypatch, tmp_path, pendulum_file):
@@ -329,7 +369,7 @@ def test_python_examples_run(tmp_path, monkeypatch):
     """The other Python blocks of docs/reading.md, in order, after the run that they need."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "algorithms", tmp_path / "algorithms")
-    examples = [code for code in blocks(READING, "python") if not code.startswith('"""')]
+    examples = [code for code in blocks(READING, "python") if code not in excerpts(READING)]
     making = [code for code in examples if "savez" in code]
     using = [code for code in examples if "savez" not in code]
     assert making and using
@@ -360,5 +400,269 @@ def test_every_file_has_a_page_and_a_place():
         missing = [name for name in NAMES if f"{name}.md" not in page.read_text()]
         missing = [name for name in missing if f"algorithms/{name}.py" not in page.read_text()]
         assert missing == [], page.name
-    pages = {page.stem for page in (DOCS / "algorithms").glob("*.md")}
+    pages = {page.stem for page in (DOCS / "algorithms").glob("*.md")} - {"index"}
     assert pages == set(NAMES)
+
+
+# ---------------------------------------------------------------- The first five minutes
+
+README, TOUR, FAQ = ROOT / "README.md", DOCS / "tour.md", DOCS / "faq.md"
+ALOUD = [README, TOUR, FAQ, READING, DOCS / "start.md", DOCS / "shift.md"]
+
+
+def paragraphs(page: Path) -> list[str]:
+    """Running text and items of lists, without code, tables, headings, pictures and markers."""
+    text = re.sub(r"<!--.*?-->", "", prose(page), flags=re.DOTALL)
+    text = re.sub(r"\$\$.+?\$\$", "", text, flags=re.DOTALL)
+    text = re.sub(r"^ *(?:[-*]|\d+\.) +", "\n", text, flags=re.MULTILINE)
+    text = re.sub(r"^(?:#|\||!\[).*$", "", text, flags=re.MULTILINE)
+    return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+
+@pytest.mark.parametrize("page", ALOUD, ids=lambda page: page.name)
+def test_sentences_are_short(page):
+    """At most 25 words on average; a formula, a file and a link are a word each."""
+    lengths = []
+    for part in paragraphs(page):
+        part = re.sub(r"`[^`]+`|\$[^$]+\$", "x", part)
+        part = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", part)
+        sentences = re.split(r"(?<=[.!?])\*{0,2}\s+", part)
+        lengths += [len(re.findall(r"\w[\w',.-]*", x)) for x in sentences]
+    lengths = [n for n in lengths if n]
+    assert len(lengths) > 20
+    assert sum(lengths) / len(lengths) <= 25
+
+
+def test_readme_has_no_long_paragraph():
+    assert [part for part in paragraphs(README) if part.count("\n") > 4] == []
+
+
+def test_readme_installs_what_is_pinned():
+    pins = (ROOT / "requirements.txt").read_text()
+    text = README.read_text()
+    for pinned in re.findall(r"pip install (torch==\S+)", text):
+        assert pinned in pins.split()
+    order = ["git clone", "-m venv", "whl/cpu", "pip install -r requirements.txt", "a2po.py"]
+    places = [text.index(word) for word in order]
+    assert places == sorted(places)
+
+
+def test_readme_clones_from_the_address_of_citation():
+    """One place has the address; before there is one the README says what to put in."""
+    known = re.search(
+        r"^repository-code: *\"?([^\"\n]+)", (ROOT / "CITATION.cff").read_text(), re.M
+    )
+    (address,) = re.findall(r"git clone (\S+)", README.read_text())
+    assert address == (known[1] if known else "REPOSITORY")
+
+
+def test_readme_cites_what_citation_says():
+    (entry,) = blocks(README, "bibtex")
+    citation = (ROOT / "CITATION.cff").read_text()
+    title, version = (
+        re.search(rf'^{x}: "?([^"\n]+)', citation, re.M)[1] for x in ("title", "version")
+    )
+    year = re.search(r"^date-released: (\d{4})", citation, re.M)[1]
+    for value in (title, version, year, re.search(r'- name: "(.+)"', citation)[1]):
+        assert f"{{{value}}}" in entry
+
+
+def test_readme_film():
+    (film,) = re.findall(r"\]\((docs/assets/\S+\.gif)\)", README.read_text())
+    assert 50_000 < (ROOT / film).stat().st_size < 1_000_000
+
+
+def shown_words(text: str) -> set[str]:
+    return {word for word in re.findall(r"[a-z_]\S*", text) if not word.startswith("...")}
+
+
+@pytest.mark.parametrize("page", [README, TOUR], ids=lambda page: page.name)
+def test_shown_output_is_what_a_run_prints(page, tmp_path, pendulum_file, capsys):
+    a2po = load("a2po")
+    flags = tiny("a2po", dataset=str(pendulum_file), eval_xi=(-1.0, 0.0))
+    a2po.train(a2po.Args(**flags, run_dir=str(tmp_path / "run")))
+    printed = shown_words(capsys.readouterr().out)
+    shown = [text for text in blocks(page, "text") if text.startswith("step ")]
+    assert shown
+    for text in shown:
+        assert shown_words(text) <= printed
+
+
+def test_readme_uses_a_trained_policy(tmp_path, monkeypatch, pendulum_file):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "algorithms", tmp_path / "algorithms")
+    (code,) = blocks(README, "python")
+    folder = re.search(r'load_policy\("(.+)/checkpoint.pt"', code)[1]
+    a2po = load("a2po")
+    a2po.train(a2po.Args(**tiny("a2po", dataset=str(pendulum_file)), run_dir=folder))
+    scope = {"observation": np.zeros(3)}
+    exec(code, scope)
+    assert scope["action"].shape == (1,)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 5
+
+
+# ------------------------------------------------------------------------------ The tour
+
+
+def test_the_tour_quotes_the_file():
+    assert len(excerpts(TOUR)) >= 10
+    assert unquoted(TOUR, ROOT / "algorithms" / "a2po.py") == []
+
+
+def test_the_tours_program_shuffles_the_condition(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "algorithms", tmp_path / "algorithms")
+    (code,) = (text for text in blocks(TOUR, "python") if text not in excerpts(TOUR))
+    a2po = load("a2po", fresh=True)
+    calls = []
+    monkeypatch.setitem(sys.modules, "a2po", a2po)
+    monkeypatch.setattr(a2po, "train", calls.append)
+    before = a2po.A2PO.condition
+    exec(code, {})
+    (args,) = calls
+    (plain, *_) = (words for words in commands(TOUR) if words[0] == "algorithms/a2po.py")
+    given = tyro.cli(a2po.Args, args=plain[1:])
+    given.run_dir = args.run_dir
+    assert args == given, "the flags of the first command"
+    learner = MagicMock(args=args, sigma_a=torch.ones(()))
+    advantage = torch.linspace(-1, 1, 50)[:, None]
+    torch.manual_seed(0)
+    shuffled = a2po.A2PO.condition(learner, advantage)
+    assert not torch.equal(shuffled, before(learner, advantage))
+    assert torch.equal(shuffled.sort(0)[0], before(learner, advantage))
+
+
+def test_the_tours_plots_are_drawn_from_its_table(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    tour = module_at(DOCS / "figures" / "tour.py")
+    shutil.copy(DOCS / "figures" / "tour.csv", tmp_path)
+    monkeypatch.setattr(tour, "FOLDER", tmp_path)
+    tour.main(tour.Args(draw=True))
+    made = {path.name for path in tmp_path.glob("*.png")}
+    assert made == {path.name for path in (DOCS / "figures").glob("tour_*.png")}
+    assert {name for name in made if f"figures/{name}" in TOUR.read_text()} == made
+
+
+def test_the_tours_numbers_are_of_its_table():
+    """Scores at the end: mean (worst to best) of the seeds."""
+    rows = [x.split(",") for x in (DOCS / "figures" / "tour.csv").read_text().splitlines()[1:]]
+    last = max(float(row[3]) for row in rows if row[2] == "score")
+    for version in ("shipped", "fixed", "shuffled", "kl_0"):
+        for what in ("score", "score_xi_0", "score_xi_-1"):
+            ends = [float(x[4]) for x in rows if x[0] == version and x[2] == what]
+            steps = [float(x[3]) for x in rows if x[0] == version and x[2] == what]
+            ends = [value for value, step in zip(ends, steps) if step == last]
+            assert len(ends) == 3
+            cell = f"{np.mean(ends):.0f} ({min(ends):.0f} to {max(ends):.0f})"
+            assert cell in TOUR.read_text(), (version, what)
+
+
+def test_the_tours_conditions_are_of_its_table():
+    """The shares of conditions above 0.5 and below -0.5, mean of the seeds."""
+    rows = [x.split(",") for x in (DOCS / "figures" / "tour.csv").read_text().splitlines()[1:]]
+    text, shares = " ".join(TOUR.read_text().split()), {}
+    for whose in ("expert", "random"):
+        found = [x for x in rows if x[0] == "shipped" and x[2] == f"xi {whose} elsewhere"]
+        values = np.array([float(x[4]) for x in found]).reshape(3, 40)  # bins of 0.05
+        shares[whose] = 100 * values[:, -10:].sum(1).mean(), 100 * values[:, :10].sum(1).mean()
+    (above, below), (random_above, random_below) = shares["expert"], shares["random"]
+    assert f"for {above:.0f} % of the expert's actions and {random_above:.0f} %" in text
+    assert f"below -0.5 it is for {below:.0f} % and {random_below:.0f} %" in text
+
+
+def test_the_tutorial_has_one_order():
+    """The navigation's; every page ends with a link to the next, and the home page follows it."""
+    nav = (ROOT / "mkdocs.yml").read_text().partition("- Tutorial:")[2].partition("- Algorithms")[0]
+    order = re.findall(r": (\w+\.md)$", nav, re.MULTILINE)
+    assert len(order) >= 6
+    for page, following in zip(order, [*order[1:], "algorithms/index.md"]):
+        ends = (DOCS / page).read_text().rstrip().splitlines()[-1]
+        assert re.search(r"Next: \[[^]]+\]\(([^)]+)\)", ends), page
+        assert re.search(r"Next: \[[^]]+\]\(([^)]+)\)", ends)[1] == following, page
+    home = (DOCS / "index.md").read_text()
+    linked = [x for x in re.findall(r"\]\((\w+\.md)\)", home) if x in order]
+    assert list(dict.fromkeys(linked)) == order
+
+
+# --------------------------------------------------------------------------- The notebook
+
+NOTEBOOK = DOCS / "a2po.ipynb"
+
+
+@pytest.fixture
+def notebook(tmp_path) -> Path:
+    """The notebook where it may run: in docs/ of a folder that has the files."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "algorithms").symlink_to(ROOT / "algorithms")
+    return Path(shutil.copy(NOTEBOOK, tmp_path / "docs"))
+
+
+def test_the_notebooks_cells_run(notebook, monkeypatch):
+    """In order, with fewer steps; what only draws is replaced."""
+    monkeypatch.chdir(notebook.parent)
+    monkeypatch.setenv("STEPS", "20")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in ("matplotlib", "matplotlib.pyplot", "IPython", "IPython.display"):
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    monkeypatch.setitem(sys.modules, "a2po", load("a2po", fresh=True))
+    cells = json.loads(notebook.read_text())["cells"]
+    scope = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [], "a notebook is committed without its outputs"
+            exec("".join(cell["source"]), scope)
+    assert [row["step"] for row in scope["history"]] == [20]
+    assert set(scope["returns"]) == {-1.0, 0.0, 1.0}
+    assert Path(scope["path"]).stat().st_size > 1000
+
+
+def test_the_notebook_runs_in_jupyter(notebook):
+    jupyter = shutil.which("jupyter-execute", path=Path(sys.executable).parent)
+    if jupyter is None or importlib.util.find_spec("ipykernel") is None:
+        pytest.skip("jupyter is not installed (pip install nbclient ipykernel)")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    run = [jupyter, "--inplace", str(notebook)]
+    env = os.environ | {"STEPS": "20"}
+    done = subprocess.run(run, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    outputs = [x.get("outputs", []) for x in json.loads(notebook.read_text())["cells"]]
+    assert "video/mp4" in json.dumps(outputs)
+
+
+# ---------------------------------------------------------------------- What the pages say
+
+
+def test_the_faq_has_the_size_of_the_largest_data_set():
+    card = (ROOT / "datasets" / "README.md").read_text()
+    sizes = re.findall(r"^\| `[^`]+` \|(?: [^|]* \|){8} ([\d.]+) \|", card, re.MULTILINE)
+    assert len(sizes) > 20
+    assert f"a file of {max(map(float, sizes)):.0f} MB" in " ".join(FAQ.read_text().split())
+
+
+def test_the_share_of_the_shared_text():
+    shares = []
+    for path in sorted((ROOT / "algorithms").glob("*.py")):
+        text = path.read_text()
+        drawn = [block for block in shared_blocks.BLOCKS.values() if block[2] is shared_blocks.ALL]
+        found = [re.search(block[1], text, re.DOTALL) for block in drawn]
+        shares.append(sum(x[0].count("\n") for x in found if x) / text.count("\n"))
+    for page in (FAQ, READING):
+        low, high = re.search(r"(\d+) to (\d+) % of a\s+file", page.read_text()).groups()
+        assert int(low) / 100 <= min(shares) and max(shares) <= int(high) / 100, shares
+
+
+def test_the_faq_names_d4rls_sets():
+    maker, text = module_at(ROOT / "datasets" / "make.py"), FAQ.read_text()
+    named = text.partition("**By name**")[2].partition("```")[0]
+    known = [*maker.D4RL_TASKS, *(f"-{level}" for level in maker.D4RL_LEVELS)]
+    assert set(re.findall(r"`([a-z0-9-]+)`", named)) - {"-v2"} == set(known)
+
+
+def test_where_a_film_is(tmp_path, monkeypatch, pendulum_file):
+    monkeypatch.chdir(tmp_path)
+    module = load("td3_bc")
+    module.train(module.Args(**tiny("td3_bc", dataset=str(pendulum_file)), run_dir="run"))
+    flags = dict(evaluate="run", device="cpu", eval_episodes=1, capture_video=True)
+    module.train(module.Args(**flags))
+    (film,) = re.findall(r"the film is\s+`([^`]+)`", FAQ.read_text())
+    assert (tmp_path / "run" / "video" / film).stat().st_size > 1000
