@@ -540,8 +540,9 @@ def evaluate(policy, task: dict, episodes: int, seed: int, video="") -> dict[str
     envs = [make_env(task, **mode), *(make_env(task) for _ in range(n - 1))]
     (returns, lengths, rewards), running = np.zeros((3, n)), list(range(n))
     target, memory = np.repeat(list(policy.targets.values()), episodes), None
-    with explained(f"Environment '{task['env_id']}' failed (what was trained is saved)"):
-        if mode:  # MuJoCo without a screen needs MUJOCO_GL=egl or osmesa
+    film = "; a film without a screen needs MUJOCO_GL=egl or osmesa" * bool(mode)
+    with explained(f"Environment '{task['env_id']}' failed (what was trained is saved{film})"):
+        if mode:
             envs[0] = gym.wrappers.RecordVideo(envs[0], str(video), disable_logger=True)
         s = np.stack([env.reset(seed=seed + i % episodes)[0] for i, env in enumerate(envs)])
         while running:
@@ -556,8 +557,7 @@ def evaluate(policy, task: dict, episodes: int, seed: int, video="") -> dict[str
                 memory = [x[torch.tensor(stays)] for x in memory]
         for env in envs:
             env.close()
-    known = SCORES.get(envs[0].spec.name, (math.nan, math.nan))
-    zero, hundred = task["scores"] or known
+    zero, hundred = task["scores"] or SCORES.get(envs[0].spec.name, (math.nan, math.nan))
     for suffix, x, y in zip(policy.targets, *np.stack([returns, lengths]).reshape(2, -1, episodes)):
         found = (x.mean(), x.std(), y.mean(), 100 * (x.mean() - zero) / (hundred - zero))
         keys = ("return_mean", "return_std", "length_mean", "score")

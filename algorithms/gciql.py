@@ -529,8 +529,9 @@ def evaluate(policy, task: dict, episodes: int, seed: int, video="") -> dict[str
     n, goals = episodes * tasks, []
     envs += [make_env(task) for _ in range(n - 1)]
     (returns, lengths, success), running = np.full((3, n), [[0], [0], [math.nan]]), list(range(n))
-    with explained(f"Environment '{task['env_id']}' failed (what was trained is saved)"):
-        if video:  # MuJoCo without a screen needs MUJOCO_GL=egl or osmesa
+    film = "; a film without a screen needs MUJOCO_GL=egl or osmesa" * bool(video)
+    with explained(f"Environment '{task['env_id']}' failed (what was trained is saved{film})"):
+        if video:
             envs[0] = gym.wrappers.RecordVideo(envs[0], str(video), disable_logger=True)
         s = []
         for i, env in enumerate(envs):  # OGBench also draws from NumPy and the space of actions
@@ -547,8 +548,7 @@ def evaluate(policy, task: dict, episodes: int, seed: int, video="") -> dict[str
                 if terminated or truncated:
                     running.remove(i)
         [env.close() for env in envs]
-    known = SCORES.get(envs[0].spec.name, (math.nan, math.nan))
-    zero, hundred = task["scores"] or known
+    zero, hundred = task["scores"] or SCORES.get(envs[0].spec.name, (math.nan, math.nan))
     told, by_task = np.isfinite(success).all(), success.reshape(tasks, -1).mean(1)
     score = by_task.mean() if told else (returns.mean() - zero) / (hundred - zero)
     row = {"return_mean": returns.mean(), "return_std": returns.std()}

@@ -421,8 +421,9 @@ def evaluate(policy, task: dict, episodes: int, seed: int, video="") -> dict[str
         mode = {"render_mode": "rgb_array"} if video and not suffix else {}
         envs = [make_env(task, **mode), *(make_env(task) for _ in range(episodes - 1))]
         returns, lengths, running = np.zeros(episodes), np.zeros(episodes), list(range(episodes))
-        with explained(f"Environment '{task['env_id']}' failed (what was trained is saved)"):
-            if mode:  # MuJoCo without a screen needs MUJOCO_GL=egl or osmesa
+        film = "; a film without a screen needs MUJOCO_GL=egl or osmesa" * bool(mode)
+        with explained(f"Environment '{task['env_id']}' failed (what was trained is saved{film})"):
+            if mode:
                 envs[0] = gym.wrappers.RecordVideo(envs[0], str(video), disable_logger=True)
             s = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
             while running:
@@ -432,8 +433,7 @@ def evaluate(policy, task: dict, episodes: int, seed: int, video="") -> dict[str
                     if terminated or truncated:
                         running.remove(i)
             [env.close() for env in envs]
-        known = SCORES.get(envs[0].spec.name, (math.nan, math.nan))
-        zero, hundred = task["scores"] or known
+        zero, hundred = task["scores"] or SCORES.get(envs[0].spec.name, (math.nan, math.nan))
         score = 100 * (returns.mean() - zero) / (hundred - zero)
         found = (returns.mean(), returns.std(), lengths.mean(), score)
         keys = ("return_mean", "return_std", "length_mean", "score")
