@@ -494,6 +494,8 @@ def ours() -> str:
     insert(page, "every", every_file(with_long(short, offline)))
     insert(page, "corl", against_corl(runs + short))
     own, thousands = [run for run in offline if run.algorithm in FILES], "steps (thousands)"
+    long = {run.dataset for run in own if run.steps[-1] >= 100_000}  # others are in the table only
+    own = [run for run in own if run.dataset in long]
     plot(own, FOLDER / "curves.png", f"gradient {thousands}", palette)
     plot(beside(offline), FOLDER / "beside.png", f"gradient {thousands}", palette)
     plot([run for run in online if run.algorithm == "sac"], FOLDER / "sac.png", thousands, palette)
