@@ -629,7 +629,7 @@ def graphed(update):
             return update()
         if len(calls) == 4:
             with torch.cuda.graph(graph):  # records the update, does not run it
-                metrics.update(update())
+                metrics.update({k: v.detach() for k, v in update().items()})
         graph.replay()
         return metrics
 

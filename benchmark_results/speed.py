@@ -34,7 +34,7 @@ import torch
 import tyro
 from run import ALGORITHMS, FOLDER, accelerated, fresh_learner, load, phases
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 CORL = {"bc": "any_percent_bc", "td3_bc": "td3_bc", "iql": "iql", "cql": "cql"}
 CORL |= {"decision_transformer": "dt"}
@@ -101,25 +101,29 @@ def matrix_rate(device: torch.device) -> float:
     return 2 * n**3 * calls_per_second(lambda: a @ b, 1.0, device)
 
 
-class KernelCounter(TorchDispatchMode):
-    """Counts the operations that compute something: on a GPU one kernel or more each."""
+class Counter(TorchDispatchMode):
+    """Counts the floating-point operations of products, and the operations that compute something:
+    on a GPU one kernel or more each."""
 
-    number = 0
+    flop = kernels = 0
     others = ("empty", "empty_like", "new_empty", "_unsafe_view", "detach", "alias")
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out, name = function(*args, **(kwargs or {})), function.overloadpacket
+        if name in flop_registry:
+            self.flop += flop_registry[name](*args, **(kwargs or {}), out_val=out)
         if function.namespace == "aten" and not function.is_view:
-            self.number += function.overloadpacket.__name__ not in self.others
-        return function(*args, **(kwargs or {}))
+            self.kernels += name.__name__ not in self.others
+        return out
 
 
 def operations(update) -> np.ndarray:
     """(floating-point operations of the products, kernels) in one gradient step, backward pass
     included."""
     update()  # the first call also makes the optimisers' states
-    with FlopCounterMode(display=False) as counter, KernelCounter() as kernels:
+    with Counter() as counter:
         update()
-    return np.array([counter.get_total_flops(), kernels.number])
+    return np.array([counter.flop, counter.kernels])
 
 
 def ours(args: Args, algorithm: str, data: str) -> dict[str, float]:

@@ -782,7 +782,9 @@ def metrics_of(module, device, graph, calls=8):
             update = learner.phase(step)
             if graph:
                 update = cache.setdefault(update, module.graphed(update))
-            found.append({key: value.clone() for key, value in update().items()})
+            # Detached, as the training loop does: a graph of autograd that lives on ties the
+            # gradients to the stream of its time, and a capture on another one races with it.
+            found.append({key: value.detach().clone() for key, value in update().items()})
     return found
 
 
