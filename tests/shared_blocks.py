@@ -24,7 +24,7 @@ BLOCKS = {
     "twin critic, one or both": (
         "td3_bc.py",
         r"class TwinCritic\(.*?(?=\n\n\n)",
-        ("td3_bc.py", "a2po.py", "cvae_bcq.py"),
+        ("td3_bc.py", "cvae_bcq.py"),
     ),
     "twin critic": (
         "sac.py",

@@ -65,7 +65,7 @@ def gradient_of(loss, module) -> torch.Tensor:
 
 
 def split_critic(critic, module) -> list[torch.nn.Module]:
-    """Two plain MLPs with the weights of a TwinCritic."""
+    """Two plain MLPs with the weights of a TwinCritic, normalised where it is."""
     weights = list(critic.weights)
     nets = []
     for i in range(2):
@@ -73,6 +73,11 @@ def split_critic(critic, module) -> list[torch.nn.Module]:
         linear = [part for part in net if isinstance(part, torch.nn.Linear)]
         for part, weight, bias in zip(linear, weights, critic.biases):
             part.weight.data, part.bias.data = weight[i].T.clone(), bias[i, 0].clone()
+        if getattr(critic, "layer_norm", False):
+            norm = torch.nn.LayerNorm(linear[0].out_features, elementwise_affine=False)
+            net = torch.nn.Sequential(
+                *[x for part in linear[:-1] for x in (part, norm, torch.nn.ReLU())], linear[-1]
+            )
         nets.append(net)
     return nets
 
