@@ -68,14 +68,14 @@ class Args:
     """A2PO: a CVAE separates the data's actions by advantage, a latent actor asks for the best."""
 
     xi: Literal["continuous", "discrete", "fixed"] = "continuous"  # tanh, its sign, or always 1
-    xi_norm: Literal["local", "running", "none"] = "local"  # σ of each state, one for all, or 1
-    xi_critic: Literal["mean", "min", "q1"] = "mean"  # Q in the advantage: of Q_1 and Q_2, or Q_1
+    xi_norm: Literal["running", "local", "none"] = "running"  # σ: one, or of each state, or 1
+    xi_critic: Literal["min", "mean", "q1"] = "min"  # Q in the advantage: of both, or Q_1
     xi_epsilon: float = 0.0  # discrete: conditions within this distance of 0 count as 0
     eval_xi: tuple[float, ...] = ()  # further conditions to evaluate at, e.g. -1 0; 1 always is
     alpha: float = 1.0  # weight of Q against the cloning term
     bc_weight: float = 1.0  # weight of the cloning term
     kl_weight: float = 0.5  # β, weight of the CVAE's KL term
-    layer_norm: bool = True  # normalise the critics' hidden layers
+    layer_norm: bool = False  # normalise the critics' hidden layers
     cvae_fraction: float = 0.2  # share of --steps in which the CVAE trains; then it is frozen
     cvae_min_steps: int = 100_000  # gradient steps that the CVAE trains at least
     cvae_dim: int = 256  # units in each of the two hidden layers of encoder and decoder
@@ -178,7 +178,7 @@ class Policy(nn.Module):
         return {"": self.act} | further
 
 
-class LayerNormCritic(nn.Module):
+class TwinCritic(nn.Module):
     """Q_1 and Q_2 as one batched network: states (B, S), actions (B, A) -> values (2, B, 1). With
     members=1 Q_1 alone, (1, B, 1), at half the cost."""
 
@@ -218,8 +218,9 @@ class A2PO(nn.Module):
         self.policy = Policy(task, args).to(device)
         self.policy.scaling.fit(data["observations"])
         sizes = (*task["sizes"], args.hidden_dim)
-        self.critic = LayerNormCritic(*sizes, args.layer_norm).to(device)
-        self.v = mlp(sizes[0], args.hidden_dim, 2, hidden_layers=3).to(device)  # V and σ
+        self.critic = TwinCritic(*sizes, args.layer_norm).to(device)
+        outputs = 2 if args.xi_norm == "local" else 1  # V(s) alone, or σ(s), too
+        self.v = mlp(sizes[0], args.hidden_dim, outputs, hidden_layers=3).to(device)
         self.actor_target, self.critic_target = map(copy.deepcopy, (self.policy.actor, self.critic))
         self.register_buffer("sigma_a", torch.ones((), device=device))
         self.data = self.columns(data)
@@ -276,31 +277,29 @@ class A2PO(nn.Module):
             y = r + self.args.gamma * (1 - d) * q_next
 
         # Q sees the action, V does not: their difference is the advantage.
-        q, (v, size) = self.critic(s, a), self.v(s).chunk(2, dim=-1)  # (2, B, 1), (B, 1) each
-        advantage = {"mean": q.mean(0), "min": q.amin(0), "q1": q[0]}[self.args.xi_critic] - v
+        q, (v, *size) = self.critic(s, a), self.v(s).split(1, dim=-1)  # (2, B, 1), (B, 1)
+        advantage = {"min": q.amin(0), "mean": q.mean(0), "q1": q[0]}[self.args.xi_critic] - v
         loss = (q - y).square().mean((1, 2)).sum() + (v - y).square().mean()
 
-        # σ(s), the standard deviation of the state's advantages: where few actions were tried it is
-        # small. A Gaussian's is 1.25 times the mean of the absolute value.
-        advantage, sigma = advantage.detach(), 1.25 * F.softplus(size) + 1e-3
-        if self.args.xi_norm == "local":
+        # Its standard deviation σ, over all states or in each (normal: 1.25 times the mean size).
+        advantage, sigma = advantage.detach(), self.sigma_a
+        if size:
+            sigma = 1.25 * F.softplus(size[0]) + 1e-3  # (B, 1)
             loss = loss + (sigma - 1.25 * advantage.abs()).square().mean()
-        else:
-            sigma = self.sigma_a if self.args.xi_norm == "running" else torch.ones_like(v)
         height = ((q.mean() - self.floor) / (self.ceiling - self.floor)).nan_to_num()
         metrics = {"values/q": q.mean(), "values/q_over_ceiling": height, "values/v": v.mean()}
-        metrics |= {"losses/critic": loss, "advantage/sigma": sigma.mean()}
-        return metrics, advantage, self.condition(advantage / sigma.detach())
+        return metrics | {"losses/critic": loss}, advantage, sigma.detach()
 
     def update_critic(self, s, a, r, s_next, d):
-        metrics, advantage, xi = self.critic_loss(s, a, r, s_next, d)
+        metrics, advantage, sigma = self.critic_loss(s, a, r, s_next, d)
         minimise(self.critic_optimizer, metrics["losses/critic"])
         self.sigma_a.lerp_(advantage.std(), 0.01).clamp_(min=1e-3)
-        return metrics | {"advantage/xi": xi}, xi
+        xi = self.condition(advantage, sigma)
+        return metrics | {"advantage/xi": xi, "advantage/sigma": sigma.mean()}, xi
 
-    def condition(self, advantage):
-        """ξ of the logged actions by their advantages, (B, 1) in [-1, 1]."""
-        xi = torch.tanh(advantage)
+    def condition(self, advantage, sigma):
+        """ξ of the logged actions, (B, 1) in [-1, 1]."""
+        xi = torch.tanh(advantage if self.args.xi_norm == "none" else advantage / sigma)
         if self.args.xi == "discrete":
             xi = xi.sign() * (xi.abs() > self.args.xi_epsilon)
         return torch.ones_like(xi) if self.args.xi == "fixed" else xi
@@ -348,7 +347,8 @@ class A2PO(nn.Module):
     def validate(self, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Losses on held-out transitions, and how far the latent moves the decoded action."""
         s, a, *others = self.columns(data)
-        metrics, _, xi = self.critic_loss(s, a, *others)
+        metrics, *advantage_and_sigma = self.critic_loss(s, a, *others)
+        xi = self.condition(*advantage_and_sigma)
         reconstruction, kl = self.cvae_losses(s, a, xi)
         z = torch.randn(8, len(s), len(kl), device=s.device)
         decoded = self.policy.decode(s.expand(8, -1, -1), xi.expand(8, -1, -1), z)  # (8, B, A)

@@ -36,7 +36,9 @@ LIKELIHOOD = SMALL | {"env_id": "none", "validation_fraction": 0.3}  # few episo
 def shuffle_condition(module: ModuleType) -> None:
     """A2PO whose ξ no longer belongs to its transition."""
     condition = module.A2PO.condition
-    module.A2PO.condition = lambda self, a: condition(self, a)[torch.randperm(len(a))]
+    module.A2PO.condition = lambda self, a, *sigma: condition(self, a, *sigma)[
+        torch.randperm(len(a))
+    ]
 
 
 def silence_actions(module: ModuleType) -> None:

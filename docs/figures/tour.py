@@ -54,7 +54,7 @@ def load():
 def shuffle(a2po) -> None:
     """ξ no longer belongs to its transition."""
     condition = a2po.A2PO.condition
-    a2po.A2PO.condition = lambda self, x: condition(self, x)[torch.randperm(len(x))]
+    a2po.A2PO.condition = lambda self, *x: condition(self, *x)[torch.randperm(len(x[0]))]
 
 
 def train(version: str, seed: int, args: Args) -> Path:
@@ -80,8 +80,8 @@ def histograms(folder: Path) -> dict[str, np.ndarray]:
     learner.load_state_dict(saved["learner"])
     with torch.no_grad():
         s, a, *rest = learner.data
-        _, advantage = learner.critic_loss(s, a, *rest)
-        xi = torch.tanh(advantage / learner.sigma_a)
+        _, *advantage_and_sigma = learner.critic_loss(s, a, *rest)
+        xi = learner.condition(*advantage_and_sigma)
         z = learner.policy.encoder(torch.cat([s, xi, a], dim=-1)).chunk(2, dim=-1)[0]
     first = np.flatnonzero(np.diff(arrays["episodes"], prepend=-1))
     # An expert's episode returns more than -500, the best random one -631.
