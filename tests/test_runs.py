@@ -772,9 +772,9 @@ def test_all_that_training_changes_is_in_the_checkpoint(module):
 def metrics_of(module, device, graph, calls=8):
     """Metrics of some steps from one and the same start, with graphs or without."""
     torch.manual_seed(0)
-    rows = {key: value.to(device) for key, value in units.data(50).items()}
     args = module.Args(**tiny(name_of(module)) | dict(device=device, hidden_dim=32))
     with torch.cuda.stream(torch.cuda.Stream()):
+        rows = {key: value.to(device) for key, value in units.data(50).items()}
         learner, cache = module.Learner(rows, units.task(rows), args), {}
         torch.manual_seed(1)
         found = []
@@ -782,9 +782,8 @@ def metrics_of(module, device, graph, calls=8):
             update = learner.phase(step)
             if graph:
                 update = cache.setdefault(update, module.graphed(update))
-            # Detached, as the training loop does: a graph of autograd that lives on ties the
-            # gradients to the stream of its time, and a capture on another one races with it.
             found.append({key: value.detach().clone() for key, value in update().items()})
+    torch.cuda.synchronize()  # whoever compares does so on another stream, which does not wait
     return found
 
 
