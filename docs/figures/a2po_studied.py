@@ -107,11 +107,7 @@ def train(flags: dict, seed: int, runs: str) -> dict[str, str]:
 
 def versions(questions) -> dict[str, dict]:
     """Every version once, whatever the number of questions that it answers."""
-    found = {}
-    for question in questions:
-        for version, flags in QUESTIONS[question].items():
-            found.setdefault(str(flags), flags)
-    return found
+    return {str(flags): flags for question in questions for flags in QUESTIONS[question].values()}
 
 
 def table(question: str, ends: dict) -> str:
