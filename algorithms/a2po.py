@@ -19,9 +19,8 @@ but does not see the action, so Q - V is the logged action's advantage over the 
 
 Measured: scores at the end (TD3+BC, BC), 100,000 steps, three seeds, half an hour on one thread at
 --matmul-precision medium: hopper-medium-replay 85.7 (76.2, 14.5), hopper-random-medium-expert 99.6
-(87.0, 5.6); 4,000 with small networks, five seeds: pendulum-random-expert-10 84.8 (16.8, 9.1).
-Where good data are rare add --xi-norm local --xi-critic mean --layer-norm: 60,000 steps, three
-seeds: hopper-random-expert-10 84.9 (TD3+BC 23.4, the defaults 26.9).
+(87.0, 5.6). Where good data are rare, with --xi-norm local --xi-critic mean --layer-norm, 60,000
+steps, three seeds: hopper-random-expert-10 84.9 (without 26.9, TD3+BC 23.4).
 
 Differs from the paper / official code, which is `--tau 0.005 --cvae-dim 750 --reward-scale 100
 --xi-norm none --xi-critic q1 --kl-weight 1 --cvae-min-steps 0`:
@@ -72,7 +71,6 @@ class Args:
     xi: Literal["continuous", "discrete", "fixed"] = "continuous"  # tanh, its sign, or always 1
     xi_norm: Literal["running", "local", "none"] = "running"  # σ: one, or of each state, or 1
     xi_critic: Literal["min", "mean", "q1"] = "min"  # Q in the advantage: of both, or Q_1
-    xi_epsilon: float = 0.0  # discrete: conditions within this distance of 0 count as 0
     eval_xi: tuple[float, ...] = ()  # further conditions to evaluate at, e.g. -1 0; 1 always is
     alpha: float = 1.0  # weight of Q against the cloning term
     bc_weight: float = 1.0  # weight of the cloning term
@@ -201,9 +199,7 @@ class TwinCritic(nn.Module):
             weights, biases = [w[:1] for w in weights], [b[:1] for b in biases]
         for weight, bias in zip(weights[:-1], biases[:-1]):
             x = torch.baddbmm(bias, x, weight)  # (2, B, H)
-            if self.layer_norm:  # bounds how fast Q can grow away from the data
-                x = F.layer_norm(x, x.shape[-1:])
-            x = x.relu_()
+            x = (F.layer_norm(x, x.shape[-1:]) if self.layer_norm else x).relu_()
         return torch.baddbmm(biases[-1], x, weights[-1])  # (2, B, 1)
 
 
@@ -219,10 +215,9 @@ class A2PO(nn.Module):
         self.args, device = args, data["rewards"].device
         self.policy = Policy(task, args).to(device)
         self.policy.scaling.fit(data["observations"])
-        sizes = (*task["sizes"], args.hidden_dim)
+        sizes, local = (*task["sizes"], args.hidden_dim), args.xi_norm == "local"
         self.critic = TwinCritic(*sizes, args.layer_norm).to(device)
-        outputs = 2 if args.xi_norm == "local" else 1  # V(s) alone, or σ(s), too
-        self.v = mlp(sizes[0], args.hidden_dim, outputs, hidden_layers=3).to(device)
+        self.v = mlp(sizes[0], args.hidden_dim, 1 + local, hidden_layers=3).to(device)  # V, and σ
         self.actor_target, self.critic_target = map(copy.deepcopy, (self.policy.actor, self.critic))
         self.register_buffer("sigma_a", torch.ones((), device=device))
         self.data = self.columns(data)
@@ -231,6 +226,8 @@ class A2PO(nn.Module):
         cvae = nn.ModuleList((self.policy.encoder, self.policy.decoder))
         self.cvae_optimizer = adam(cvae, args.learning_rate)
         self.critic_optimizer = adam(nn.ModuleList((self.critic, self.v)), args.learning_rate)
+        options = ((cvae, actor) for cvae in (False, True) for actor in (False, True))
+        self.updates = {each: functools.partial(self.update, *each) for each in options}
 
     def columns(self, data):
         state, r = self.policy.scaling.state, self.args.reward_scale * data["rewards"]
@@ -245,11 +242,9 @@ class A2PO(nn.Module):
     def phase(self, step: int):
         """The update to do at this step; each of the four is a CUDA graph."""
         k = max(self.args.cvae_fraction * self.args.steps, self.args.cvae_min_steps)
-        if step % self.args.policy_delay == 0:
-            return self.update_all if step <= k else self.update_all_frozen
-        return self.update if step <= k else self.update_frozen
+        return self.updates[step <= k, step % self.args.policy_delay == 0]
 
-    def update(self, cvae=True, actor=False) -> dict[str, torch.Tensor]:
+    def update(self, cvae: bool, actor: bool) -> dict[str, torch.Tensor]:
         """One step of the critics, and of what else is due. Returns tensors, never synchronises."""
         s, a, r, s_next, d = self.sample()
         metrics, xi = self.update_critic(s, a, r, s_next, d)
@@ -258,15 +253,6 @@ class A2PO(nn.Module):
             metrics |= self.update_actor(s, a, xi)
             self.update_targets()
         return metrics
-
-    def update_all(self):
-        return self.update(actor=True)
-
-    def update_frozen(self):
-        return self.update(cvae=False)
-
-    def update_all_frozen(self):
-        return self.update(cvae=False, actor=True)
 
     def critic_loss(self, s, a, r, s_next, d):
         # Target: the value of asking for the best, a*(s') with ξ* = 1, smoothed as in TD3.
@@ -302,9 +288,7 @@ class A2PO(nn.Module):
     def condition(self, advantage, sigma):
         """ξ of the logged actions, (B, 1) in [-1, 1]."""
         xi = torch.tanh(advantage if self.args.xi_norm == "none" else advantage / sigma)
-        if self.args.xi == "discrete":
-            xi = xi.sign() * (xi.abs() > self.args.xi_epsilon)
-        return torch.ones_like(xi) if self.args.xi == "fixed" else xi
+        return {"continuous": xi, "discrete": xi.sign(), "fixed": xi * 0 + 1}[self.args.xi]
 
     def cvae_losses(self, s, a, xi):
         # Reconstruction, from a latent that the encoder draws with the action in sight.

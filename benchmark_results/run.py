@@ -404,12 +404,10 @@ def fresh_learner(module, options):
 
 
 def phases(learner, steps: int) -> tuple[dict, list[str]]:
-    """The methods that the training loop calls, and the name of each step's."""
-    methods = {}
-    names = [
-        methods.setdefault(m.__name__, m).__name__ for m in map(learner.phase, steps_of(steps))
-    ]
-    return methods, names
+    """The updates that the training loop calls, by a name, and the name of each step's."""
+    updates = [learner.phase(step) for step in steps_of(steps)]
+    names = {update: f"phase {i}" for i, update in enumerate(dict.fromkeys(updates))}
+    return {name: update for update, name in names.items()}, [names[x] for x in updates]
 
 
 def steps_of(steps: int) -> range:

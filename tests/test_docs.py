@@ -151,6 +151,7 @@ def commands(page: Path) -> list[list[str]]:
 def test_commands_are_valid(page, weighted):
     """Every command parses, and the data it names ships, can be made, or is somebody else's."""
     maker = module_at(ROOT / "datasets" / "make.py")
+    mixed = [words[words.index("--name") + 1] for words in commands(page) if "--name" in words]
     for script, *arguments in commands(page):
         place = script if "/" in script else f"algorithms/{script}"  # a file copied elsewhere
         path = (weighted if place == "algorithms/weighted_bc.py" else ROOT) / place
@@ -170,7 +171,7 @@ def test_commands_are_valid(page, weighted):
             parts = [part.split(":")[0] for part in args.mix.split(",") if part]
             assert {*args.names, *parts} <= {*maker.KNOWN, "all"}
         elif "--dataset" in arguments and path.parent.name == "algorithms":
-            known = args.dataset in (*maker.KNOWN, *maker.SHIPPED)
+            known = args.dataset in (*maker.KNOWN, *maker.SHIPPED, *mixed)
             others = re.search(r"-v\d+$|^data\.(npz|hdf5)$", args.dataset)
             assert known or others, args.dataset
 
@@ -524,12 +525,12 @@ def test_the_tours_program_shuffles_the_condition(tmp_path, monkeypatch):
     given = tyro.cli(a2po.Args, args=plain[1:])
     given.run_dir = args.run_dir
     assert args == given, "the flags of the first command"
-    learner = MagicMock(args=args, sigma_a=torch.ones(()))
+    learner, sigma = MagicMock(args=args), torch.ones(())
     advantage = torch.linspace(-1, 1, 50)[:, None]
     torch.manual_seed(0)
-    shuffled = a2po.A2PO.condition(learner, advantage)
-    assert not torch.equal(shuffled, before(learner, advantage))
-    assert torch.equal(shuffled.sort(0)[0], before(learner, advantage))
+    shuffled = a2po.A2PO.condition(learner, advantage, sigma)
+    assert not torch.equal(shuffled, before(learner, advantage, sigma))
+    assert torch.equal(shuffled.sort(0)[0], before(learner, advantage, sigma))
 
 
 def test_the_tours_plots_are_drawn_from_its_table(tmp_path, monkeypatch):
