@@ -5,6 +5,7 @@
     python datasets/make.py all
     python datasets/make.py hopper-medium-replay-v2
     python datasets/make.py pointmaze-medium-navigate --transitions 1000000
+    python datasets/make.py halfcheetah-pixels
     python datasets/make.py hopper-medium --format minari
     python datasets/make.py --mix hopper-random:0.9,hopper-expert:0.1 --name hopper-random-expert-10
 
@@ -45,7 +46,7 @@ from tqdm import tqdm
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent / "algorithms"))
-sys.path.append(str(FOLDER))  # for goals and environments
+sys.path.append(str(FOLDER))  # for goals, environments and pixels
 import sac  # noqa: E402  its policy acts, its table has D4RL's reference returns
 
 TASKS = {  # name: environment, transitions of each level
@@ -95,8 +96,9 @@ SINGLETASKS = ("", *(f"-task{i}" for i in range(1, 6)))
 REWARDED = [f"{name}-singletask{task}" for name in GOALS for task in SINGLETASKS]
 WALKER = "ant-directions"  # the policy that walks in the antmazes
 
+PIXELS = "halfcheetah-pixels"  # by pixels.py: one episode of ten of the medium-replay, drawn
 
-KNOWN = [*OURS, *GOALS, *REWARDED, *D4RL]
+KNOWN = [*OURS, *GOALS, *REWARDED, PIXELS, *D4RL]
 
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 
@@ -160,7 +162,7 @@ def check_known(name: str) -> None:
         raise SystemExit(
             f"No data set '{name}'. There are {', '.join(TASKS)}, each with -{', -'.join(LEVELS)};"
             f" pendulum-{', pendulum-'.join(DEMONSTRATIONS)}; {', '.join(GOALS)}, each also with"
-            f" -singletask or -singletask-task1 to -task5; D4RL's"
+            f" -singletask or -singletask-task1 to -task5; {PIXELS}; D4RL's"
             f" {', '.join(D4RL_TASKS)}, each"
             f" with -{'-v2, -'.join(D4RL_LEVELS)}-v2; other mixtures with --mix."
         )
@@ -517,6 +519,8 @@ def make(name: str, args: Args) -> None:
         return fetch(name)
     if name in GOALS or name in REWARDED:
         return make_goals(name, args)
+    if name == PIXELS:
+        return make_pixels(name, args)
     if name in BUFFERS or name not in KNOWN:
         how = "ships with the project: git restores it" if name in SHIPPED else "is made by --mix"
         raise SystemExit(f"{name} {how}.")
@@ -573,6 +577,29 @@ def make_goals(name: str, args: Args) -> None:
             walker = policy_at(policies, policies["steps"]["walk"])
         data, env_id, how = goals.recipe(name, args.transitions or 100_000, seed, walker)
     write(name, data, env_id, how, time.time() - began)
+
+
+def make_pixels(name: str, args: Args) -> None:
+    """Every tenth episode of HalfCheetah's medium-replay, with a picture of each state."""
+    import pixels  # needs MuJoCo's renderer
+
+    source, began = "halfcheetah-medium-replay", time.time()
+    if not path_of(source).exists():
+        make(source, args)
+    data, _ = read(source)
+    starts, _ = episodes_of(data)
+    picked = [slice(a, b) for a, b in zip(starts[:-1], starts[1:])][5::10]
+    data = join([{key: rows[rows_of] for key, rows in data.items()} for rows_of in picked])
+    images = pixels.render(data, args.seed)
+    how = f"every tenth episode of {source}, and a picture of each of its states"
+    write(name, data, "HalfCheetah-v5", how, time.time() - began)
+    with h5py.File(path_of(name), "a") as file:
+        options = dict(
+            compression="gzip", compression_opts=4, chunks=(min(16, len(images)), *images.shape[1:])
+        )
+        file.create_dataset("images", data=images, **options)
+        file.attrs.update(env_id=f"pixels:{pixels.ID}")
+    print(f"{name}: {images.nbytes / 1e6:.0f} MB of pictures in memory, {len(images):,} in all")
 
 
 def make_mixture(name: str, shares: dict[str, float], args: Args) -> None:
@@ -765,6 +792,7 @@ def show_list() -> None:
         how = rolled.get(level, f"policies/{task}.pt, rolled out")
         how = "mixture" if level in MIXTURES or name not in KNOWN else how
         how = "OGBench's recipe" if name in GOALS or name in REWARDED else how
+        how = "pixels.py, drawn" if name == PIXELS else how
         how = "ships" if name in SHIPPED else "D4RL's, downloaded" if name in D4RL else how
         line = f"{name:34}{how:32}"
         if name in there:
@@ -782,7 +810,7 @@ def card_table() -> str:
     head = "data set|transitions|episodes|mean|min|25 %|median|75 %|max|MB|s to make"
     head = f"| {head.replace('|', ' | ')} |\n|---|{'--:|' * 10}\n"
     rows, made = {}, {}  # task -> lines
-    others = {*D4RL, *GOALS, *REWARDED}  # goals have no returns
+    others = {*D4RL, *GOALS, *REWARDED, PIXELS}  # goals have no returns, pictures no policies
     for name in [name for name in names_there() if name not in others]:
         data, attributes = read(name)
         _, returns = episodes_of(data)

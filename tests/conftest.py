@@ -30,10 +30,15 @@ TINY_EXTRA = {
     "gan_world_model": dict(model_dim=16, model_layers=2, ensemble=2, discriminator_dim=16)
     | dict(model_steps=10, rollout_every=4, rollout_batch=8, termination="none"),
     "sac": dict(offline=True),
+    "trajectory_stitching": dict(model_steps=10, model_dim=16, ensemble=2, latent_dim=2),
     "decision_transformer": dict(layers=2, context=4, warmup_steps=10),
     "gciql": dict(hidden_layers=2),
     "gan_irl": dict(discriminator_steps=10),
     "dwbc": dict(discriminator_every=2),
+    "s2p": dict(image_size=1, painter_steps=10, painter_batch_size=8, channels=8)  # no pictures
+    | dict(model_dim=16, ensemble=2),
+    "trajectory_transformer": dict(layers=2, heads=2, bins=8, context=4, history=2, horizon=2)
+    | dict(beam_width=3, warmup_steps=10, decay_steps=20),
 }
 
 

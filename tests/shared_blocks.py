@@ -59,13 +59,14 @@ BLOCKS = {
         r"def evaluate\(.*?(?=\n\n\ndef )",
         ALL,
         "decision_transformer.py",
+        "trajectory_transformer.py",
         "gciql.py",
     ),
     "load policy": ("bc.py", r"def load_policy\(.*?(?=\n\n\n)", ALL),
     "training loop": ("bc.py", r"def train\(.*?(?=\n\n\ndef )", ALL),
     "training helpers": ("bc.py", r"def adam\(.*\Z", ALL),
 }
-# What a copy may say instead: SAC's data may come from acting.
+# What a copy may say instead: SAC's data may come from acting, S2P's has pictures.
 VARIANTS = {
     "sac.py": [
         (
@@ -73,6 +74,31 @@ VARIANTS = {
             "    data, task = load_dataset(args.dataset, args.env_id) if args.offline else"
             " empty_buffer(args)\n",
         )
+    ],
+    "s2p.py": [
+        ('    dataset: str = "hopper-medium-replay"', '    dataset: str = "halfcheetah-pixels"'),
+        (
+            '            keys = [key for key in f"{COLUMNS} {ABOUT} truncations env_id".split()'
+            " if key in found]\n",
+            '            keys = f"{COLUMNS} {ABOUT} truncations env_id images"\n'
+            "            keys = [key for key in keys.split() if key in found]\n",
+        ),
+        (
+            '    task = {"env": env_id or own, "env_id": "none", "sizes": [s.shape[1], ',
+            '    size = 2 * raw["images"][0].size if "images" in raw else s.shape[1]'
+            '  # what a policy sees\n    task = {"env": env_id or own, "env_id": "none",'
+            ' "sizes": [size, ',
+        ),
+        (
+            ' | {"episodes": episodes[keep]}\n',
+            ' | {"episodes": episodes[keep]}\n'
+            '    if "images" in raw:  # bytes, and bytes they stay until a batch is drawn\n'
+            '        ok = np.shape(raw["images"])[:1] == (n,)'
+            ' and np.asarray(raw["images"]).dtype == np.uint8\n'
+            '        check(ok and np.ndim(raw["images"]) == 4,'
+            " f\"{of}: 'images' is not (N, H, W, 3) of bytes.\")\n"
+            '        data["images"] = np.asarray(raw["images"])[keep]\n',
+        ),
     ],
 }
 

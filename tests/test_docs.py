@@ -34,6 +34,7 @@ LOGS_MORE = {
     "cql": dict(lagrange=True),
     "decision_transformer": dict(target_returns=(3600.0, 1800.0)),
     "flow_bc": dict(eval_act=("mode", "zero")),
+    "trajectory_stitching": dict(learner="td3_bc"),
 }
 OTHERS_FLAGS = {"--help", "--strict", "--write", "--dist"}  # of tyro, mkdocs, tests, pytest
 

@@ -21,10 +21,12 @@ SECTIONS = ["Args", "Networks", "Algorithm", "Dataset", "Evaluation", "Training 
 ALLOWED = set("torch numpy gymnasium minari h5py tyro tensorboard tqdm".split())
 ALLOWED |= sys.stdlib_module_names
 # Lines: what a reader meets of the paper ends here, and what all files share has so many.
-ALGORITHM_ENDS = {"decision_transformer": 390, "gan_world_model": 520, "gciql": 380}
+ALGORITHM_ENDS = {"decision_transformer": 390, "gan_world_model": 520, "gciql": 380, "s2p": 540}
+ALGORITHM_ENDS |= {"trajectory_stitching": 470, "trajectory_transformer": 390}
 SHARED_LINES = 414
 # Where a file has its own block.
-OWN_LINES = {"decision_transformer": 5, "sac": 5, "gciql": 10}
+OWN_LINES = {"decision_transformer": 5, "sac": 5, "gciql": 10, "s2p": 6}
+OWN_LINES |= {"trajectory_transformer": 2}
 
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
