@@ -97,9 +97,9 @@ def draw_condition(rows: list[list[str]]) -> None:
         errors = [found[version, "expert", "error", str(x)] for x in ASKED]
         right.plot(ASKED, errors, "o-", color=colour, label=label)
     left.set(xlabel="ξ of the expert's actions", ylabel="share")
-    right.set(
-        xlabel="ξ asked for", ylabel="squared distance to the expert's action", ylim=(0, None)
-    )
+    left.set(title="what the condition says of the expert")
+    right.set(title="the policy's action from the expert's", ylim=(0, None))
+    right.set(xlabel="ξ asked for", ylabel="squared distance")
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=8)
