@@ -10,6 +10,7 @@ from units import A, S, equal, learner, split_critic
 
 bc = load("bc")
 CRITIC_FILES = [name for name in NAMES if hasattr(load(name), "TwinCritic")]
+CRITIC_FILES.remove("a2po")  # its critics may be normalised: tests/test_a2po.py
 VALUE_FILES = [path.stem for path in FILES if "values/q_over_ceiling" in path.read_text()]
 
 
@@ -36,7 +37,7 @@ def test_twin_critic_is_two_networks(name, layers):
     assert q.shape == (2, 9, 1) and not torch.allclose(q[0], q[1])
     for i, net in enumerate(split_critic(critic, bc)):
         torch.testing.assert_close(q[i], net(torch.cat([s, a], dim=-1)))
-    if name in ("td3_bc", "a2po", "cvae_bcq"):
+    if name in ("td3_bc", "cvae_bcq"):
         torch.testing.assert_close(critic(s, a, members=1), q[:1])
 
 
