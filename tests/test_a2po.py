@@ -274,6 +274,7 @@ def test_sigma_is_that_of_the_state():
         for _ in range(600):
             agent.update_critic(*batch(agent))
         best, xi = good, condition_of(agent)
+        assert not xi.requires_grad  # CVAE and actor do not train σ(s)
         found[norm] = [xi[best & who].mean().item() for who in (loud, ~loud)]
         sigma = agent.update_critic(*batch(agent))[0]["advantage/sigma"].item()
         print(norm, found[norm], sigma)
