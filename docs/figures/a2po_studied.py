@@ -5,11 +5,13 @@
 Each version is trained for 4,000 steps on data in which one transition of ten is an expert's, with
 five seeds; a run takes about a minute on one CPU thread, all of them over an hour. Runs that are
 there already are kept. a2po_studied.csv has the end of every run, a2po_studied.png the plot and
-a2po_studied_<question>.md the tables. --draw draws again from the CSV without training.
+a2po_studied_<question>.md the tables. --draw draws again from the CSV without training. Then it
+does the same with a2po_mixed.py and a2po_imagined.py, the page's other questions.
 """
 
 import csv
 import importlib.util
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +75,7 @@ class Args:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     runs: str = "runs/a2po_studied"  # where the runs are, and go
     draw: bool = False  # only draw a2po_studied.csv again
+    others: bool = True  # then run a2po_mixed.py and a2po_imagined.py
 
 
 def load():
@@ -165,6 +168,9 @@ def main(args: Args) -> None:
     for question in args.questions:
         (FOLDER / f"a2po_studied_{question}.md").write_text(table(question, ends))
     draw(args.questions, ends)
+    for name in ("a2po_mixed.py", "a2po_imagined.py") if args.others else ():
+        options = ["--draw"] if args.draw else ["--seeds", *map(str, args.seeds)]
+        subprocess.run([sys.executable, FOLDER / name, *options], check=True)
 
 
 if __name__ == "__main__":
