@@ -21,6 +21,8 @@ try:
 except ImportError as error:
     raise ModuleNotFoundError(f"pip install -r requirements-goals.txt first: {error}") from None
 
+from ant import canonical_action, canonical_state, quarter_turns
+
 
 @contextlib.contextmanager
 def drawing(seed: int):
@@ -34,51 +36,6 @@ def drawing(seed: int):
 
 
 # -------------------------------------------------------------- The Ant that walks where it is told
-
-SIGNS = np.array([[1, 1], [1, -1], [1, -1], [1, 1]])  # of hip and ankle: now all legs are alike
-
-
-def quarter_turns(qpos: np.ndarray, angle: float, before: int | None = None) -> int:
-    """Quarter turns by which to renumber the legs so that the body faces `angle`, 0 to 3. The last
-    answer stays good up to 60 degrees, so that the numbering does not flicker at 45."""
-    w, x, y, z = qpos[3:7]
-    heading = math.atan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z)) - angle
-    if before is not None and math.cos(heading + before * math.pi / 2) > 0.5:
-        return before
-    return round(-heading / (math.pi / 2)) % 4
-
-
-def turn_quaternion(angle: float) -> tuple[float, float]:
-    return math.cos(angle / 2), math.sin(angle / 2)
-
-
-def canonical_state(qpos, qvel, angle: float, turns: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same Ant in other words: the world turned so that `angle` becomes the x axis, the body
-    described from a quarter turn further, as often as `turns` says. The simulator makes no
-    difference: the same happens to both."""
-    qpos, qvel = np.array(qpos, float), np.array(qvel, float)
-    c, s = math.cos(angle), math.sin(angle)
-    world = np.array([[c, s], [-s, c]])
-    qpos[:2], qvel[:2] = world @ qpos[:2], world @ qvel[:2]
-    # The quaternion: z-turns on both sides of it, q' = z(-angle) q z(turns); w >= 0 makes it one.
-    w, x, y, z = qpos[3:7]
-    c, s = turn_quaternion(turns * math.pi / 2 - angle)
-    w, z = c * w - s * z, s * w + c * z
-    c, s = turn_quaternion(-angle - turns * math.pi / 2)
-    x, y = c * x - s * y, s * x + c * y
-    qpos[3:7] = np.array([w, x, y, z]) * (1 if w >= 0 else -1)
-    # Angular velocities are the body's, and the legs move up by one with every quarter turn.
-    c, s = [(1, 0), (0, 1), (-1, 0), (0, -1)][turns]
-    qvel[3:5] = c * qvel[3] + s * qvel[4], -s * qvel[3] + c * qvel[4]
-    for joints in (qpos[7:], qvel[6:]):
-        joints[:] = (SIGNS * np.roll(SIGNS * joints.reshape(4, 2), -turns, axis=0)).ravel()
-    return qpos, qvel
-
-
-def canonical_action(action: np.ndarray, turns: int) -> np.ndarray:
-    """Torques in the numbering of `canonical_state`; with -turns, back. Motors begin at leg 4."""
-    legs = SIGNS * np.roll(np.reshape(action, (4, 2)), -1, axis=0)
-    return np.roll(SIGNS * np.roll(legs, -turns, axis=0), 1, axis=0).ravel()
 
 
 class AntDirections(AntEnv):

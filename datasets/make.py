@@ -6,13 +6,15 @@
     python datasets/make.py hopper-medium-replay-v2
     python datasets/make.py pointmaze-medium-navigate --transitions 1000000
     python datasets/make.py halfcheetah-pixels
+    python datasets/make.py scene-language --demonstrations 5000
     python datasets/make.py hopper-medium --format minari
     python datasets/make.py --mix hopper-random:0.9,hopper-expert:0.1 --name hopper-random-expert-10
 
 Every transition comes from a simulator. `random` takes uniformly random actions; `medium` and
 `expert` are rolled out from the SAC policies in datasets/policies, drawn from their stochastic
-policy as D4RL does; `medium-replay` is SAC's replay buffer (Hopper, Pendulum: it ships) or rollouts
-of snapshots taken evenly on the way to the medium policy; `pendulum-bimodal` and `-unimodal` are
+policy as D4RL does; `ant-medium` is the walker of the antmazes on Gymnasium's Ant; `medium-replay`
+is SAC's replay buffer (Hopper, Pendulum: it ships) or rollouts of snapshots taken evenly on the way
+to the medium policy; `pendulum-bimodal` and `-unimodal` are
 demonstrations of a controller written down here; everything else mixes those by whole episodes.
 Names with -v2 are D4RL's own files: downloaded once, and written in the layout of the others with
 the ends of episodes that they leave out. What is there already is never overwritten unless
@@ -22,6 +24,7 @@ the ends of episodes that they leave out. What is there already is never overwri
 import contextlib
 import csv
 import http.client
+import json
 import os
 import sys
 import time
@@ -40,13 +43,15 @@ import minari
 import numpy as np
 import torch
 import tyro
+from gymnasium.envs.registration import EnvSpec
 from minari.data_collector import EpisodeBuffer
 from minari.storage.datasets_root_dir import get_dataset_path
 from tqdm import tqdm
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent / "algorithms"))
-sys.path.append(str(FOLDER))  # for goals, environments and pixels
+sys.path.append(str(FOLDER))  # for ant, goals, environments, pixels and scene
+import ant  # noqa: E402
 import sac  # noqa: E402  its policy acts, its table has D4RL's reference returns
 
 TASKS = {  # name: environment, transitions of each level
@@ -54,7 +59,9 @@ TASKS = {  # name: environment, transitions of each level
     "halfcheetah": ("HalfCheetah-v5", 200_000),
     "walker2d": ("Walker2d-v5", 200_000),
     "pendulum": ("Pendulum-v1", 20_000),
+    "ant": (ant.specification(), 100_000),
 }
+SAC_TASKS = [task for task in TASKS if task != "ant"]
 MIXTURES = {  # in equal numbers of transitions
     "medium-expert": ("medium", "expert"),
     "random-medium": ("random", "medium"),
@@ -63,11 +70,12 @@ MIXTURES = {  # in equal numbers of transitions
 }
 LEVELS = ("random", "medium", "medium-replay", "expert", *MIXTURES)
 DEMONSTRATIONS = ("bimodal", "unimodal")  # by a controller, of Pendulum alone
-OURS = [f"{task}-{level}" for task in TASKS for level in LEVELS]
+OF_ANT = ("random", "medium", "random-medium")  # no SAC of ours is its expert
+OURS = [f"{task}-{x}" for task in TASKS for x in (OF_ANT if task == "ant" else LEVELS)]
 OURS += [f"pendulum-{kind}" for kind in DEMONSTRATIONS]
 BUFFERS = ("hopper-medium-replay", "pendulum-medium-replay")  # a rollout cannot make these again
 SHIPPED = (*BUFFERS, "pendulum-random-medium-expert", "pendulum-random-expert-10")
-SHIPPED += ("pendulum-bimodal", "pendulum-unimodal", "pointmaze-medium-navigate")
+SHIPPED += ("pendulum-bimodal", "pendulum-unimodal", "pointmaze-medium-navigate", "scene-language")
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
 D4RL_TASKS = {  # -v4 has the dynamics and the rewards of the -v2 environments of D4RL
@@ -98,7 +106,9 @@ WALKER = "ant-directions"  # the policy that walks in the antmazes
 
 PIXELS = "halfcheetah-pixels"  # by pixels.py: one episode of ten of the medium-replay, drawn
 
-KNOWN = [*OURS, *GOALS, *REWARDED, PIXELS, *D4RL]
+SCENE = "scene-language"  # by scene.py, which needs OGBench: an arm, instructed in words
+
+KNOWN = [*OURS, *GOALS, *REWARDED, PIXELS, SCENE, *D4RL]
 
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 
@@ -122,6 +132,8 @@ class Args:
     transitions: int = 0
     """size of the mixture, to within an episode of each part; 0: as much as its parts allow; of a
     maze's or an arm's data: 0 is 100,000, OGBench's own have a million"""
+    demonstrations: int = 600
+    """episodes of scene-language"""
     seed: int = 0
     """seed of rollouts and mixtures"""
     format: Literal["hdf5", "minari"] = "hdf5"
@@ -160,9 +172,10 @@ def check_free(path: Path, overwrite: bool) -> None:
 def check_known(name: str) -> None:
     if name not in KNOWN and not path_of(name).exists():
         raise SystemExit(
-            f"No data set '{name}'. There are {', '.join(TASKS)}, each with -{', -'.join(LEVELS)};"
+            f"No data set '{name}'. There are {', '.join(SAC_TASKS)}, each with"
+            f" -{', -'.join(LEVELS)}; ant-{', ant-'.join(OF_ANT)};"
             f" pendulum-{', pendulum-'.join(DEMONSTRATIONS)}; {', '.join(GOALS)}, each also with"
-            f" -singletask or -singletask-task1 to -task5; {PIXELS}; D4RL's"
+            f" -singletask or -singletask-task1 to -task5; {PIXELS}; {SCENE}; D4RL's"
             f" {', '.join(D4RL_TASKS)}, each"
             f" with -{'-v2, -'.join(D4RL_LEVELS)}-v2; other mixtures with --mix."
         )
@@ -179,9 +192,18 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def spec_of(env_id: str) -> str | EnvSpec:
+    """What gym.make takes: an id, or what a specification in JSON says."""
+    return EnvSpec.from_json(env_id) if env_id[0] == "{" else env_id
+
+
+def name_of(env_id: str) -> str:
+    return json.loads(env_id)["id"] if env_id[0] == "{" else env_id
+
+
 def make_env(env_id: str) -> gym.Env:
     with warnings.catch_warnings(action="ignore"):  # -v4 is out of date: D4RL is, too
-        return gym.make(env_id)
+        return gym.make(spec_of(env_id))
 
 
 def environment_of(name: str) -> str:
@@ -224,7 +246,7 @@ def write(name: str, data: Data, env_id: str, how: str, seconds: float, **attrib
     if "next_observations" in data:
         ends = data["terminals"].astype(bool) | data["timeouts"].astype(bool)
         stored["final_observations"] = data["next_observations"][ends]
-    kinds = {"terminals": bool, "timeouts": bool, "sources": np.uint8}
+    kinds = dict(terminals=bool, timeouts=bool, sources=np.uint8, task_index=np.uint8)
     space, (low, high) = make_env(env_id).action_space, references(env_id)
     with replacing(path_of(name)) as partial, h5py.File(partial, "w") as file:
         for key, values in stored.items():
@@ -306,14 +328,14 @@ def policy_at(policies: dict, step: int) -> sac.Policy:
 
 
 def d4rl_references(env_id: str) -> tuple[float, float] | None:
-    return sac.SCORES.get(env_id.split("-v")[0])
+    return sac.SCORES.get(name_of(env_id).split("-v")[0])
 
 
 def references(env_id: str) -> tuple[float, float]:
     """Returns that score 0 and 100: D4RL's, or else a random and the expert policy's."""
     if known := d4rl_references(env_id):
         return known
-    if env_id.startswith(("ogbench:", "environments:")):  # the return is the success
+    if env_id.startswith(("ogbench:", "environments:", "scene:")):  # the return is the success
         return 0.0, 1.0
     policies = load_policies(next((x for x in TASKS if TASKS[x][0] == env_id), env_id))
     return policies["random_return"], policies["returns"][str(policies["steps"]["expert"])]
@@ -323,8 +345,8 @@ def from_sac(args: Args) -> None:
     """Policies of a task, and its replay set if that ships, from a run of algorithms/sac.py."""
     if args.task == WALKER:
         return keep_walker(args)
-    if args.task not in TASKS:
-        raise SystemExit(f"--task '{args.task}': one of {', '.join(TASKS)}.")
+    if args.task not in SAC_TASKS:
+        raise SystemExit(f"--task '{args.task}': one of {', '.join(SAC_TASKS)}.")
     task, run, (env_id, n) = args.task, Path(args.from_sac), TASKS[args.task]
     path, replay_name = FOLDER / "policies" / f"{task}.pt", f"{task}-medium-replay"
     check_free(path, args.overwrite)
@@ -446,12 +468,16 @@ class SwingUp:
 
 
 def roll_out(
-    env_id: str, policy: sac.Policy | SwingUp | None, n: int, seed: int, envs: int = 10
+    env_id: str,
+    policy: sac.Policy | SwingUp | ant.Walker | None,
+    n: int,
+    seed: int,
+    envs: int = 10,
 ) -> Data:
     """n transitions of a policy, or of uniformly random actions: whole episodes, of which only the
     last is cut, at the n-th transition, and then counts as timed out."""
     mode = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
-    vector = gym.make_vec(env_id, envs, vectorization_mode="sync", vector_kwargs=mode)
+    vector = gym.make_vec(spec_of(env_id), envs, vectorization_mode="sync", vector_kwargs=mode)
     vector.action_space.seed(seed)
     torch.manual_seed(seed)
     s, _ = vector.reset(seed=seed)
@@ -459,6 +485,8 @@ def roll_out(
     running = [(i, 0) for i in range(envs)]  # per environment: number and first step of its episode
     finished = {}  # number of an episode: its environment, its first step, the step after its last
     begun, whole, total, step = envs, 0, 0, 0
+    begin = getattr(policy, "begin", lambda i: None)  # of a policy with a memory
+    [begin(i) for i in range(envs)]
     # Episodes count in the order in which they began, as if one environment had played them all:
     # in the order in which they end, short ones would come first and be too many.
     while total < n:
@@ -473,6 +501,7 @@ def roll_out(
             successor[i] = info["final_obs"][i]  # s_next[i] begins a new episode already
             finished[running[i][0]] = (i, running[i][1], step)
             running[i], begun = (begun, step), begun + 1
+            begin(i)
         for key, row in zip(COLUMNS, (s, a, r, successor, terminated, truncated & ~terminated)):
             log[key].append(row)
         s = s_next
@@ -519,8 +548,8 @@ def make(name: str, args: Args) -> None:
         return fetch(name)
     if name in GOALS or name in REWARDED:
         return make_goals(name, args)
-    if name == PIXELS:
-        return make_pixels(name, args)
+    if name in (PIXELS, SCENE):
+        return (make_pixels if name == PIXELS else make_scene)(name, args)
     if name in BUFFERS or name not in KNOWN:
         how = "ships with the project: git restores it" if name in SHIPPED else "is made by --mix"
         raise SystemExit(f"{name} {how}.")
@@ -538,6 +567,15 @@ def make(name: str, args: Args) -> None:
         return write(name, data, env_id, how, time.time() - began)
     if level == "random":
         policies, steps, how = None, [0], "uniformly random actions"
+    elif task == "ant":
+        policies = load_policies(WALKER)
+        walker = ant.Walker(policy_at(policies, policies["steps"]["walk"]))
+        data = roll_out(env_id, walker, n, zlib.crc32(f"{name} {args.seed}".encode()))
+        how = (
+            "the walker of the antmazes towards +x: actions sampled, a fifth of each, held for two"
+        )
+        how += f" steps, noise {walker.NOISE}"
+        return write(name, data, env_id, how, time.time() - began)
     elif level == "medium-replay":
         policies = load_policies(task)
         steps = [s for s in policies["steps"]["replay"] if s <= policies["steps"]["medium"]]
@@ -593,12 +631,29 @@ def make_pixels(name: str, args: Args) -> None:
     images = pixels.render(data, args.seed)
     how = f"every tenth episode of {source}, and a picture of each of its states"
     write(name, data, "HalfCheetah-v5", how, time.time() - began)
+    add_images(name, images, env_id=f"pixels:{pixels.ID}")
+
+
+def make_scene(name: str, args: Args) -> None:
+    """Demonstrations of a robot arm that is told what to do, seen by a camera."""
+    import scene
+
+    if args.demonstrations < 1:
+        raise SystemExit(f"--demonstrations {args.demonstrations}: 1 or more.")
+    began = time.time()
+    data, how = scene.demonstrations(args.demonstrations, args.seed)
+    images = data.pop("images")
+    write(name, data, "scene:SceneLanguage-v0", how, time.time() - began)
+    add_images(name, images, instructions=list(scene.INSTRUCTIONS), **scene.sentences())
+
+
+def add_images(name: str, images: np.ndarray, **attributes) -> None:
+    """Writes pictures (N, H, W, 3) into a data set that is there."""
     with h5py.File(path_of(name), "a") as file:
-        options = dict(
-            compression="gzip", compression_opts=4, chunks=(min(16, len(images)), *images.shape[1:])
-        )
+        chunks = (min(16, len(images)), *images.shape[1:])
+        options = dict(compression="gzip", compression_opts=4, chunks=chunks)
         file.create_dataset("images", data=images, **options)
-        file.attrs.update(env_id=f"pixels:{pixels.ID}")
+        file.attrs.update(attributes)
     print(f"{name}: {images.nbytes / 1e6:.0f} MB of pictures in memory, {len(images):,} in all")
 
 
@@ -608,7 +663,8 @@ def make_mixture(name: str, shares: dict[str, float], args: Args) -> None:
         check_known(part)
     env_id, *others = sorted({environment_of(part) for part in shares})
     if others:
-        raise SystemExit(f"--mix: parts of different environments ({env_id}, {', '.join(others)}).")
+        ids = ", ".join(map(name_of, (env_id, *others)))
+        raise SystemExit(f"--mix: parts of different environments ({ids}).")
     check_free(path_of(name), args.overwrite)
     for part in shares:
         if not path_of(part).exists():
@@ -790,9 +846,10 @@ def show_list() -> None:
         if name in REWARDED and name not in there:
             continue  # six of each of the others: the last line says it
         how = rolled.get(level, f"policies/{task}.pt, rolled out")
+        how = f"policies/{WALKER}.pt, rolled out" if name == "ant-medium" else how
         how = "mixture" if level in MIXTURES or name not in KNOWN else how
         how = "OGBench's recipe" if name in GOALS or name in REWARDED else how
-        how = "pixels.py, drawn" if name == PIXELS else how
+        how = {PIXELS: "pixels.py, drawn", SCENE: "scene.py, demonstrated"}.get(name, how)
         how = "ships" if name in SHIPPED else "D4RL's, downloaded" if name in D4RL else how
         line = f"{name:34}{how:32}"
         if name in there:
@@ -810,7 +867,7 @@ def card_table() -> str:
     head = "data set|transitions|episodes|mean|min|25 %|median|75 %|max|MB|s to make"
     head = f"| {head.replace('|', ' | ')} |\n|---|{'--:|' * 10}\n"
     rows, made = {}, {}  # task -> lines
-    others = {*D4RL, *GOALS, *REWARDED, PIXELS}  # goals have no returns, pictures no policies
+    others = {*D4RL, *GOALS, *REWARDED, PIXELS, SCENE}  # these have no policies to compare
     for name in [name for name in names_there() if name not in others]:
         data, attributes = read(name)
         _, returns = episodes_of(data)
@@ -818,7 +875,7 @@ def card_table() -> str:
         numbers += [f"{x:.0f}" for x in np.percentile(returns, (0, 25, 50, 75, 100))]
         seconds = "-" if name in BUFFERS else f"{attributes['seconds']:.1f}"
         numbers += [f"{path_of(name).stat().st_size / 1e6:.1f}", seconds]
-        task, level = attributes["env_id"].partition("-")[0], name.partition("-")[2]
+        task, level = name_of(attributes["env_id"]).partition("-")[0], name.partition("-")[2]
         rows.setdefault(task, []).append(f"| `{name}` | {' | '.join(numbers)} |\n")
         made.setdefault(task, []).append(f"- `{level}`: {attributes['description']}\n")
     parts = (f"### {t}\n\n{head}{''.join(rows[t])}\n{''.join(made[t])}" for t in rows)

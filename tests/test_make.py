@@ -161,6 +161,78 @@ def test_terminals_are_falls(make, maker):
     assert list(cut) == ([] if terminals[-1] else [SIZE - 1])  # only the last, where the data ends
 
 
+@pytest.fixture
+def walker(maker):
+    """The Ant's driver, with the policy that ships."""
+    folder = Path(__file__).resolve().parents[1] / "datasets" / "policies"
+    policies = torch.load(folder / f"{maker.WALKER}.pt", weights_only=True)
+    return maker.ant.Walker(maker.policy_at(policies, policies["steps"]["walk"]))
+
+
+def test_the_walker_holds_a_small_action_for_two_steps(walker):
+    """Of each of its Ants, from the first step of its episode on; every step has its own noise."""
+    for i in range(2):
+        walker.begin(i)
+    torch.manual_seed(0)
+    states = torch.randn(7, 2, 27)
+    states[..., :5] = torch.tensor([0.6, 1, 0, 0, 0])
+    acts = [walker.act(s, deterministic=True) for s in states[:3]]
+    walker.begin(1)
+    acts += [walker.act(s, deterministic=True) for s in states[3:]]
+    acts = torch.stack(acts)  # (7, 2, 8)
+    assert acts.abs().max() <= 0.2 and acts.abs().max() > 0.1
+    held = [[torch.equal(acts[t + 1, i], acts[t, i]) for t in range(6)] for i in range(2)]
+    assert held[0] == [True, False, True, False, True, False]
+    assert held[1] == [True, False, False, True, False, True]  # a new episode after three steps
+    walker.policy.act = lambda seen, deterministic: np.zeros((len(seen), 8), np.float32)
+    noise = torch.stack([walker.act(states[0]) for _ in range(500)])[2:]
+    assert abs(noise.std() - walker.NOISE) < 0.01
+
+
+def test_the_walker_walks(maker, walker):
+    """Whichever side it faces: five seconds of Gymnasium's Ant, from all four."""
+    env = maker.make_env(maker.ant.specification())
+    way = []
+    for angle in (0.0, np.pi / 2, np.pi, -np.pi / 2):
+        env.reset(seed=0)
+        base = env.unwrapped
+        qpos, qvel = base.init_qpos.copy(), np.zeros(14)
+        qpos[3:7] = np.cos(angle / 2), 0, 0, np.sin(angle / 2)
+        base.set_state(qpos, qvel)
+        s = base._get_obs()
+        walker.begin(0)
+        for _ in range(100):
+            a = walker.act(torch.as_tensor(s[None]).float(), deterministic=True)[0].numpy()
+            s, *_ = env.step(a)
+        way.append(base.data.qpos[0])
+    assert min(way) > 1.5, way
+
+
+def test_ant_data(make, maker, walker):
+    """27 numbers to see, Gymnasium's ends, D4RL's references; the algorithms make its environment
+    from what the file says."""
+    torch.save(
+        {"steps": {"walk": 7}, "policies": {"7": walker.policy.state_dict()}},
+        maker.FOLDER / "policies" / f"{maker.WALKER}.pt",
+    )
+    make("ant-random", "ant-random-medium")
+    for name, low in (("ant-random", 0.9), ("ant-medium", 0.4)):
+        data, attributes = maker.read(name)
+        s_next, a = data["next_observations"], data["actions"]
+        assert s_next.shape == (SIZE, 27) and a.shape == (SIZE, 8)
+        healthy = (s_next[:, 0] >= 0.2) & (s_next[:, 0] <= 1)
+        np.testing.assert_array_equal(healthy, ~data["terminals"])
+        assert np.abs(a).max() > low and attributes["ref_max_score"] == 3879.7
+    assert 0.1 < np.diff(a, axis=0).std() < 0.35 and np.abs(a).mean() < 0.25
+    assert "noise 0.1" in attributes["description"]
+    mixture, attributes = maker.read("ant-random-medium")
+    assert attributes["source_names"] == "ant-random,ant-medium" and len(mixture["rewards"]) > SIZE
+    task = assert_loads(maker.FOLDER / "ant-medium.hdf5", data)
+    assert task["env_id"] == "Ant-v5" and task["sizes"] == [27, 8]
+    env = load("bc").make_env(task)
+    assert env.spec.name == "Ant" and env.observation_space.shape == (27,)
+
+
 class Uneven(gym.Env):
     """Half of the episodes take one step, half take 40."""
 
@@ -417,7 +489,9 @@ HALVES = "pendulum-random:0.5,pendulum-medium:0.5"
         (["pendulum-perfect"], {}, "No data set 'pendulum-perfect'.*-medium-expert"),
         (["hopper-bimodal"], {}, "No data set 'hopper-bimodal'.*pendulum-bimodal"),
         (["hopper-medium-v0"], {}, "No data set 'hopper-medium-v0'.*-medium-v2"),
-        (["ant-medium"], {}, "No data set 'ant-medium'.*D4RL's.*ant"),
+        (["ant-expert"], {}, "No data set 'ant-expert'.*ant-random-medium.*D4RL's.*ant"),
+        (["ant-medium"], {}, "No policies of ant-directions"),
+        ([], {"from_sac": "nowhere", "task": "ant"}, "'ant': one of hopper"),
         (["pendulum-medium-replay"], {}, "exists"),
         (["pendulum-medium-replay"], {"overwrite": True}, "ships with the project"),
         (["hopper-medium"], {}, "No policies of hopper"),
@@ -490,6 +564,7 @@ def test_card_and_list(make, maker, capsys):
     assert rows["ant-full-replay-v2"].endswith("D4RL's, downloaded")
     assert set(maker.KNOWN) - set(maker.REWARDED) < set(rows)
     assert rows["scene-play"].endswith("OGBench's recipe")
+    assert rows["ant-medium"].endswith("policies/ant-directions.pt, rolled out")
 
 
 def test_the_card_is_up_to_date(maker):
