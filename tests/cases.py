@@ -30,13 +30,26 @@ CROSSING |= {"dataset": str(ROOT / "tests" / "crossing.npz"), "validation_fracti
 PIXELS = {"dataset": str(ROOT / "tests" / "halfcheetah_pixels.hdf5"), "env_id": "none"}
 MAZE = {"hidden_dim": 128, "hidden_layers": 2, "batch_size": 256, "learning_rate": 1e-3}
 MAZE |= {"tau": 0.02, "steps": 4000, "eval_every": 4000}
+DETOUR = {"dataset": str(ROOT / "tests" / "detour.npz"), "validation_fraction": 0.0}
+DETOUR |= {"chunk": 8, "execute": 8, "layers": 2, "hidden_dim": 64, "batch_size": 64}
+DETOUR |= {"warmup_steps": 50, "decay_steps": 1000, "steps": 1000, "eval_every": 250}
+ROBOT = {"layers": 2, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 50}
+ROBOT |= {"chunk": 6, "execute": 4, "steps": 600, "decay_steps": 600, "eval_every": 0}
+INSTRUCTED = {"proprioception": True, "bins": 32, "batch_size": 32, "learning_rate": 2e-3}
+INSTRUCTED |= {"warmup_steps": 50, "steps": 500, "decay_steps": 550, "eval_every": 0}
 NARROW = "pendulum-unimodal"  # one way to swing up, and nothing of what lies beside it
 TRAJECTORY = {"hidden_dim": 64, "layers": 2, "heads": 2, "bins": 30, "context": 4, "history": 1}
 TRAJECTORY |= {"horizon": 3, "beam_width": 8, "gamma": 0.97, "dropout": 0.0, "batch_size": 64}
 TRAJECTORY |= {"learning_rate": 2e-3, "warmup_steps": 100, "decay_steps": 1100}
 TRAJECTORY |= {"steps": 1200, "eval_every": 600}
+PLANS = {"horizon": 16, "diffusion_steps": 10, "hidden_dim": 16, "multipliers": (1, 2)}
+PLANS |= {"guidance": 30.0, "guide_steps": 1, "plans": 1, "termination_penalty": 0.0}
+PLANS |= {"gamma": 0.97, "batch_size": 32, "learning_rate": 2e-3, "ema_rate": 0.01}
+PLANS |= {"steps": 1200, "eval_every": 400, "validation_fraction": 0.0}
+PLANS |= {"dataset": str(ROOT / "tests" / "crossing.npz")}
 SCARCE = "pendulum-random-expert-10"  # nine transitions of ten are random
 MIXED = "pendulum-random-medium-expert"
+WORLD = {"model_dim": 64, "layers": 2, "ensemble": 3, "model_learning_rate": 1e-3}
 BIMODAL = "pendulum-bimodal"  # two actions for one state; both succeed, their mean fails
 LIKELIHOOD = SMALL | {"env_id": "none", "validation_fraction": 0.3}  # few episodes differ much
 
@@ -219,6 +232,32 @@ def rarer_mode(module: ModuleType, folder: Path) -> float:
     return 100 * min((push > 1).float().mean().item(), (push < -1).float().mean().item())
 
 
+def shuffle_instructions(module: ModuleType) -> None:
+    """RT-1 whose instructions no longer belong to their demonstrations."""
+    loss = module.RT1.loss
+    module.RT1.loss = lambda self, images, text, *rest: loss(
+        self, images, text[torch.randperm(len(text))], *rest
+    )
+
+
+def what_words_tell(row: dict) -> float:
+    """By how many per cent the squared error is below that under other rows' words."""
+    error, other = (row[f"validation/action_mse{x}"] for x in ("", "_other_words"))
+    return 100 * (1 - error / other)
+
+
+def arrives_at_x_1(row: dict) -> float:
+    """Episodes of tests/detour.py in % that pass the obstacle."""
+    return 100 * row["return_mean"]
+
+
+def succeeds(module: ModuleType, folder: Path) -> float:
+    """Episodes in % in which a trained policy does what it is told, in the robot's scene."""
+    policy = module.load_policy(folder)
+    torch.manual_seed(0)
+    return 100 * module.evaluate(policy, policy.saved["task"], 50, seed=12_345)["return_mean"]
+
+
 @dataclass(frozen=True)
 class Case:
     """One algorithm on one problem, and what it must reach there."""
@@ -233,6 +272,7 @@ class Case:
     measure: str | Callable[[dict], float] = "return_mean"
     # Or a property of the trained policy, which then stands for the whole curve.
     look: Callable[[ModuleType, Path], float] | None = None
+    simulated: bool = False  # in the robot's scene: skipped without OGBench or a renderer
     above: dict[str, float] = field(default_factory=dict)  # case: points by which to beat it
     ablations: dict[str, dict | Callable] = field(default_factory=dict)  # flags, or a patch
 
@@ -495,6 +535,21 @@ CASES = {
         end=10,
         ablations={"plan sample": {"plan": "sample"}},
     ),
+    # No episode does the task: a plan has to begin as one kind and end as the other, and the return
+    # has to say so. Two actions, and a terminal that is a success.
+    "diffuser": Case(
+        "diffuser",
+        PLANS,
+        dataset="",
+        measure=arrives,
+        end=60,
+        above={"bc_crossing": 55},
+        ablations={
+            "guidance 0": {"guidance": 0.0},
+            # This one stands between: 8 plans, of which the best is followed, none guided.
+            "choice alone": {"guidance": 0.0, "plans": 8},
+        },
+    ),
     # One episode of the expert is given, ten more are among a hundred random ones, unmarked.
     "gan_irl": Case(
         "gan_irl",
@@ -552,6 +607,60 @@ CASES = {
         ablations={
             "one-step targets": {"n_step": 1},
             "goals shuffled": shuffle_goals,
+        },
+    ),
+    # The mean of two ways around an obstacle runs into it, where a chunk is carried out whole.
+    "pi0_detour": Case(
+        "pi0",
+        DETOUR,
+        dataset="",
+        measure=arrives_at_x_1,
+        end=80,
+        ablations={"squared error": {"head": "mse"}},
+    ),
+    # A robot arm does what it is told; by an instruction's first word two things are meant.
+    "pi0": Case(
+        "pi0",
+        ROBOT,
+        "scene-language",
+        look=succeeds,
+        simulated=True,
+        end=60,
+        ablations={"first words only": {"max_words": 1}},
+    ),
+    # Without velocities a state does not tell what comes next; the pairs before it do. The score is
+    # -100 times the error after five steps, in standard deviations of the states.
+    "transformer_mbrl": Case(
+        "transformer_mbrl",
+        WORLD
+        | {"hide_velocities": 1, "model_steps": 799, "steps": 800, "eval_every": 800}
+        | {"env_id": "none", "termination": "none", "validation_fraction": 0.2}
+        | {"hidden_dim": 64, "rollout_batch": 500},
+        "pendulum-medium-replay",
+        measure="validation/rmse_5",
+        end=-40,
+        ablations={"dynamics mlp": {"dynamics": "mlp"}, "context 1": {"context": 1}},
+    ),
+    # A robot arm does what it is told; told nothing, it does one of the four possible things.
+    "rt1": Case(
+        "rt1",
+        INSTRUCTED,
+        "scene-language",
+        look=succeeds,
+        simulated=True,
+        end=65,
+        ablations={"film off": {"film": False}},
+    ),
+    # The same without a simulator, and shorter: what it would do depends on what it is told.
+    "rt1_words": Case(
+        "rt1",
+        INSTRUCTED | {"steps": 200, "decay_steps": 250, "eval_every": 200, "env_id": "none"},
+        "scene-language",
+        measure=what_words_tell,
+        end=45,
+        ablations={
+            "film off": {"film": False},
+            "instructions shuffled": shuffle_instructions,
         },
     ),
     "sac": Case(

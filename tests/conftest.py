@@ -21,6 +21,9 @@ FILES = sorted(ALGORITHMS.glob("*.py"))
 NAMES = [path.stem for path in FILES]
 
 # A run of a second: for every file, and what a file needs on top.
+sys.path.append(str(ROOT / "datasets"))
+import pixels  # noqa: E402, F401  chooses how to draw before any test imports MuJoCo
+
 TINY = dict(steps=20, batch_size=16, hidden_dim=16, eval_every=10, eval_episodes=2, device="cpu")
 TINY_EXTRA = {
     "a2po": dict(cvae_dim=16, cvae_min_steps=10),  # the CVAE is frozen in the middle of the run
@@ -35,10 +38,18 @@ TINY_EXTRA = {
     "gciql": dict(hidden_layers=2),
     "gan_irl": dict(discriminator_steps=10),
     "dwbc": dict(discriminator_every=2),
+    "pi0": dict(layers=1, heads=2, head_dim=8, action_dim=8, chunk=3, execute=2, flow_steps=2)
+    | dict(draws=2, warmup_steps=5, decay_steps=20),
+    "rt1": dict(layers=1, heads=2, bins=16, context=3, tokens=2, text_dim=8)
+    | dict(warmup_steps=5, decay_steps=20),
     "s2p": dict(image_size=1, painter_steps=10, painter_batch_size=8, channels=8)  # no pictures
     | dict(model_dim=16, ensemble=2),
     "trajectory_transformer": dict(layers=2, heads=2, bins=8, context=4, history=2, horizon=2)
     | dict(beam_width=3, warmup_steps=10, decay_steps=20),
+    "transformer_mbrl": dict(model_dim=16, layers=2, attention_heads=2, ensemble=2, context=4)
+    | dict(model_steps=10, model_batch_size=4, rollout_every=4, rollout_batch=8)
+    | dict(termination="none"),
+    "diffuser": dict(horizon=4, multipliers=(1, 2), diffusion_steps=3, plans=2),
 }
 
 
@@ -51,6 +62,17 @@ def load(name: str, fresh: bool = False):
         sys.modules[known] = importlib.util.module_from_spec(spec)  # dataclasses look there
         spec.loader.exec_module(sys.modules[known])
     return sys.modules[known]
+
+
+def robot_scene():
+    """The module datasets/scene.py; a test without OGBench or a renderer is skipped."""
+    pytest.importorskip("ogbench", reason="needs requirements-goals.txt")
+    scene = importlib.import_module("scene")
+    try:
+        scene.camera(64)
+    except Exception as error:
+        pytest.skip(f"needs Debian's libosmesa6 or libegl1: {error}")
+    return scene
 
 
 def tiny(name: str, **flags) -> dict:

@@ -19,7 +19,7 @@ BLOCKS = {
         r"    # The run: the same flags in every file\.\n.*?capture_video.*?\n",
         ALL,
     ),
-    "mlp": ("bc.py", r"def mlp\(.*?\n\n\n", ALL, "diffusion_ql.py", "gciql.py"),
+    "mlp": ("bc.py", r"def mlp\(.*?\n\n\n", ALL, "diffuser.py", "diffusion_ql.py", "gciql.py"),
     "scaling": ("bc.py", r"class Scaling\(.*?(?=\n\n\n)", ALL),
     "twin critic, one or both": (
         "td3_bc.py",
@@ -29,7 +29,8 @@ BLOCKS = {
     "twin critic": (
         "sac.py",
         r"class TwinCritic\(.*?(?=\n\n\n)",
-        ("sac.py", "iql.py", "cql.py", "diffusion_ql.py", "gan_world_model.py", "gan_irl.py"),
+        ("sac.py", "iql.py", "cql.py", "diffusion_ql.py", "gan_world_model.py", "gan_irl.py")
+        + ("transformer_mbrl.py",),
     ),
     "IQL's policy": ("iql.py", r"class Policy\(.*?(?=\n\n\n)", ("iql.py", "gan_irl.py")),
     "demonstrations": (
@@ -40,12 +41,12 @@ BLOCKS = {
     "SAC's policy": (
         "sac.py",
         r"class Policy\(.*?(?=\n\n\n)",
-        ("sac.py", "gan_world_model.py"),
+        ("sac.py", "gan_world_model.py", "transformer_mbrl.py"),
     ),
     "SAC's losses": (
         "sac.py",
         r"    def critic_loss\(.*?(?=\n\n    def validate)",
-        ("sac.py", "gan_world_model.py"),
+        ("sac.py", "gan_world_model.py", "transformer_mbrl.py"),
     ),
     "data set": (
         "bc.py",
@@ -59,15 +60,84 @@ BLOCKS = {
         r"def evaluate\(.*?(?=\n\n\ndef )",
         ALL,
         "decision_transformer.py",
+        "diffuser.py",
         "trajectory_transformer.py",
         "gciql.py",
+        "pi0.py",
+        "rt1.py",
+    ),
+    "evaluation of plans": ("pi0.py", r"def evaluate\(.*?(?=\n\n\ndef )", ("pi0.py",)),
+    # What robots have in common.
+    "vocabulary": ("pi0.py", r"def vocabulary\(.*?(?=\n\n\n)", ("pi0.py", "rt1.py")),
+    "look": ("pi0.py", r"    def look\(.*?(?=\n\n    @torch)", ("pi0.py", "rt1.py")),
+    "AdamW's schedule": (
+        "pi0.py",
+        r"        # The step size is a tensor: a graph.*?\.optimizer\.step\(\)\n",
+        ("pi0.py", "rt1.py"),
     ),
     "load policy": ("bc.py", r"def load_policy\(.*?(?=\n\n\n)", ALL),
     "training loop": ("bc.py", r"def train\(.*?(?=\n\n\ndef )", ALL),
     "training helpers": ("bc.py", r"def adam\(.*\Z", ALL),
 }
 # What a copy may say instead: SAC's data may come from acting, S2P's has pictures.
+LEROBOT = re.search(
+    r"def read_lerobot\(.*?(?=def load_dataset)", (ALGORITHMS / "pi0.py").read_text(), re.DOTALL
+)[0]
+ROBOTS = [  # pictures and instructions; a LeRobot data set; environments that give them
+    ('    dataset: str = "hopper-medium-replay"', '    dataset: str = "scene-language"'),
+    (
+        '            keys = [key for key in f"{COLUMNS} {ABOUT} truncations env_id".split()'
+        " if key in found]\n",
+        '            keys = f"{COLUMNS} {ABOUT} truncations env_id images task_index'
+        ' instructions"\n'
+        "            keys = [key for key in keys.split() if key in found]\n",
+    ),
+    (
+        '    folder = next((p for p in (name, f"{name}/data")',
+        '    if Path(name, "meta/info.json").exists():\n'
+        "        return read_lerobot(Path(name))\n"
+        '    folder = next((p for p in (name, f"{name}/data")',
+    ),
+    (
+        ' | {"episodes": episodes[keep]}\n',
+        ' | {"episodes": episodes[keep]}\n'
+        '    if "images" in raw:  # bytes, and bytes they stay until a batch is drawn\n'
+        '        ok = np.shape(raw["images"])[:1] == (n,)'
+        ' and np.asarray(raw["images"]).dtype == np.uint8\n'
+        '        check(ok and np.ndim(raw["images"]) == 4,'
+        " f\"{of}: 'images' is not (N, H, W, 3) of bytes.\")\n"
+        '        data["images"] = np.asarray(raw["images"])[keep]\n'
+        '        task["image"] = list(data["images"].shape[1:])\n'
+        '    if "task_index" in raw:  # which of the instructions a row carries out\n'
+        '        task["instructions"] = [str(x).lower() for x in raw.get("instructions", [])]\n'
+        '        rows, known = np.ravel(raw["task_index"]), np.arange(len(task["instructions"]))\n'
+        "        ok = len(rows) == n and np.isin(rows, known)\n"
+        "        check(ok, f\"{of}: 'task_index' is not (N,), numbers of its 'instructions'.\")\n"
+        '        data["task_index"] = rows[keep].astype(np.int64)\n',
+    ),
+    ("def load_dataset(", f"{LEROBOT}def load_dataset("),
+    (
+        "    spaces, shapes = (env.observation_space, env.action_space), ",
+        '    seen = getattr(env.observation_space, "spaces", {"state": env.observation_space})'
+        '.get("state")\n'
+        "    spaces, shapes = (seen, env.action_space), ",
+    ),
+]
 VARIANTS = {
+    "pi0.py": ROBOTS,
+    "rt1.py": [
+        *ROBOTS,
+        (  # what a sentence encoder makes of the instructions
+            '        data["task_index"] = rows[keep].astype(np.int64)\n',
+            '        data["task_index"] = rows[keep].astype(np.int64)\n'
+            '        if "sentence_vectors" in raw:  # ways to say them, and their vectors\n'
+            '            task["sentences"] = [str(x).lower() for x in raw["sentences"]]\n'
+            '            task["sentence_vectors"] = np.float32(raw["sentence_vectors"])\n'
+            '            ok = np.shape(task["sentence_vectors"]) == (len(task["sentences"]), 512)\n'
+            "            check(ok, f\"{of}: 'sentence_vectors' is not (N, 512), a row for each of"
+            " 'sentences'.\")\n",
+        ),
+    ],
     "sac.py": [
         (
             "    data, task = load_dataset(args.dataset, args.env_id)\n",

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES, run, summary
+from conftest import robot_scene
 
 pytestmark = pytest.mark.learning
 
@@ -22,6 +23,8 @@ def scores(name: str) -> list[float]:
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.end > -100])
 def test_curve(name):
     case = CASES[name]
+    if case.simulated:
+        robot_scene()
     early, end = summary(case, scores(name))
     assert early >= case.early, scores(name)
     assert end >= case.end, scores(name)
