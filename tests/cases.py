@@ -542,8 +542,8 @@ CASES = {
         PLANS,
         dataset="",
         measure=arrives,
-        end=60,
-        above={"bc_crossing": 55},
+        end=35,
+        above={"bc_crossing": 35},
         ablations={
             "guidance 0": {"guidance": 0.0},
             # This one stands between: 8 plans, of which the best is followed, none guided.

@@ -13,6 +13,7 @@ from units import A, S, copies, data, equal, gradient_of, learner
 diffuser = load("diffuser")
 LOW, HIGH = torch.tensor([-2.0, -1.0]), torch.tensor([2.0, 3.0])
 H, D = 4, A + S
+UNIT = dict(execute=1, diffusion_steps=3, guide_steps=2, guide_stop=2)
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +22,7 @@ def seeded():
 
 
 def planner(rows=None, low=-1.0, high=1.0, **flags):
-    return learner(diffuser, rows, low, high, **flags)
+    return learner(diffuser, rows, low, high, **UNIT | flags)
 
 
 class Net(torch.nn.Module):
@@ -343,7 +344,7 @@ def test_the_reward_of_a_row_without_a_successor_counts(tmp_path):
     np.savez(tmp_path / "own.npz", **arrays, terminals=np.zeros(12), timeouts=ends)
     rows, task = diffuser.load_dataset(str(tmp_path / "own.npz"))
     rows = {key: torch.as_tensor(array) for key, array in rows.items()}
-    flags = tiny("diffuser", gamma=0.5, horizon=2, multipliers=(1,))
+    flags = tiny("diffuser", execute=1, gamma=0.5, horizon=2, multipliers=(1,))
     agent = diffuser.Learner(rows, task, diffuser.Args(**flags))
     J = agent.columns(rows)[-1]
     assert J[:2].tolist() == [1 + 0.5 * 2 + 0.25 * 3 + 0.125 * 4, 2 + 0.5 * 3 + 0.25 * 4]

@@ -181,7 +181,7 @@ def test_commands_are_valid(page, weighted):
 
 # A training of a few steps has every part of a long one: batches, updates, evaluations, files.
 SHORT = {"steps": 8, "eval_every": 4, "eval_episodes": 1, "device": "cpu", "model_steps": 3}
-SHORT |= {"rollout_every": 4, "rollout_batch": 64}
+SHORT |= {"rollout_every": 4, "rollout_batch": 64, "plans": 2, "diffusion_steps": 3}
 ONLINE = {"steps": 450, "eval_every": 450, "random_steps": 300}  # SAC updates after random ones
 
 

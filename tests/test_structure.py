@@ -183,7 +183,8 @@ def test_runs_alone(path, pendulum_file, tmp_path):
     command = [sys.executable, path.name, "--dataset", pendulum_file.name]
     for key, value in tiny(path.stem).items():
         flag = f"--{key.replace('_', '-')}"
-        command += [flag] if value is True else [flag, str(value)]
+        values = value if isinstance(value, tuple) else [value]
+        command += [flag] if value is True else [flag, *map(str, values)]
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
