@@ -595,8 +595,10 @@ def test_an_ended_branch_begins_anew_with_its_past(hide_velocities, monkeypatch)
     states, _, real = seen[2]  # ū, the first step, the second
     for b in range(64):
         now = states[b, real[b]]
-        if d[0, b]:
-            assert among(now, agent.columns[0])
+        if d[0, b]:  # the rows of its episode up to the one where it begins
+            j = (agent.columns[0] == now[-1]).all(1).nonzero().item()
+            assert torch.equal(now, agent.columns[0][j - len(now) + 1 : j + 1])
+            assert len(now) == min(j % 4 + 1, agent.args.context)
         elif len(now) > 1:
             assert among(now[:-1], agent.columns[0]) and not among(now[-1:], agent.columns[0])
 
