@@ -36,7 +36,7 @@ LOGS_MORE = {
     "flow_bc": dict(eval_act=("mode", "zero")),
     "trajectory_stitching": dict(learner="td3_bc"),
 }
-OTHERS_FLAGS = {"--help", "--strict", "--write", "--dist"}  # of tyro, mkdocs, tests, pytest
+OTHERS_FLAGS = {"--help", "--strict", "--write", "--dist", "--draw"}  # of tyro, mkdocs, tests ...
 
 SECTIONS = ["In the file", "Usage", "Act with a trained policy", "What is logged", "Details"]
 SECTIONS += ["Differences", "Results"]
