@@ -49,7 +49,9 @@ def episodes(data):
 
 
 def test_without_ogbench_it_says_what_to_install(make, monkeypatch):
-    for name in [name for name in sys.modules if name.split(".")[0] in ("ogbench", "datasets")]:
+    for name in [
+        name for name in sys.modules if name.split(".")[0] in ("ogbench", "goals", "environments")
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "ogbench", None)
     with pytest.raises(SystemExit, match=r"pip install -r requirements-goals\.txt"):
