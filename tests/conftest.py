@@ -20,10 +20,10 @@ ALGORITHMS = Path(os.environ.get("CLEANDGM_ALGORITHMS", ROOT / "algorithms"))  #
 FILES = sorted(ALGORITHMS.glob("*.py"))
 NAMES = [path.stem for path in FILES]
 
-# A run of a second: for every file, and what a file needs on top.
 sys.path.append(str(ROOT / "datasets"))
 import pixels  # noqa: E402, F401  chooses how to draw before any test imports MuJoCo
 
+# A run of a second: for every file, and what a file needs on top.
 TINY = dict(steps=20, batch_size=16, hidden_dim=16, eval_every=10, eval_episodes=2, device="cpu")
 TINY_EXTRA = {
     "a2po": dict(cvae_dim=16, cvae_min_steps=10),  # the CVAE is frozen in the middle of the run

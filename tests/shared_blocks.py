@@ -79,7 +79,6 @@ BLOCKS = {
     "training loop": ("bc.py", r"def train\(.*?(?=\n\n\ndef )", ALL),
     "training helpers": ("bc.py", r"def adam\(.*\Z", ALL),
 }
-# What a copy may say instead: SAC's data may come from acting, S2P's has pictures.
 LEROBOT = re.search(
     r"def read_lerobot\(.*?(?=def load_dataset)", (ALGORITHMS / "pi0.py").read_text(), re.DOTALL
 )[0]
@@ -123,6 +122,7 @@ ROBOTS = [  # pictures and instructions; a LeRobot data set; environments that g
         "    spaces, shapes = (seen, env.action_space), ",
     ),
 ]
+# What a copy may say instead: SAC's data may come from acting, S2P's and robots' have pictures.
 VARIANTS = {
     "pi0.py": ROBOTS,
     "rt1.py": [
