@@ -381,11 +381,8 @@ class RT1(nn.Module):
         super().__init__()
         check(args.max_grad_norm > 0, "--max-grad-norm: above 0.")
         check(0 <= args.warmup_steps < args.decay_steps, "--decay-steps: more than --warmup-steps.")
-        self.args, device, vectors = (
-            args,
-            data["actions"].device,
-            task.pop("sentence_vectors", None),
-        )
+        self.args, device = args, data["actions"].device
+        vectors = task.pop("sentence_vectors", None)
         self.policy = Policy(task, args).to(device)
         self.policy.scaling.fit(data["observations"])
         if args.text == "use" and self.policy.sentences:

@@ -268,11 +268,8 @@ class TransformerMBRL(nn.Module):
 
     def __init__(self, data: dict[str, torch.Tensor], task: dict, args: Args):
         super().__init__()
-        (state_dim, action_dim), name, device = (
-            task["sizes"],
-            task["env_id"],
-            data["rewards"].device,
-        )
+        (state_dim, action_dim), name = task["sizes"], task["env_id"]
+        device = data["rewards"].device
         least = dict(model_steps=0, ensemble=1, rollout_every=1, rollout_batch=1, rollout_length=1)
         least |= dict(rollout_keep=1, real_fraction=0, penalty_weight=0, bootstrap=0, context=1)
         least |= dict(layers=1, attention_heads=1, model_batch_size=1, hide_velocities=0)
