@@ -7,23 +7,25 @@ Nothing of CORL is kept here and nothing of what it needs is installed: d4rl, gy
 pyrallis are replaced by a few lines each that give it our arrays, a Gymnasium environment and a
 place to log to. CORL's own code normalises, trains and evaluates, with its own defaults. It trains
 on all episodes; our files keep one in twenty for validation. Writes
-runs/corl_<file>/<data set>/seed<k>/eval.csv beside this file, for report.py; with --speed it only
-counts steps per second.
+runs/corl_<file>/<data set>/seed<k>/eval.csv beside this file, for report.py, and a config.json with
+CORL's settings and both commits; with --speed it only counts steps per second.
 """
 
 import csv
 import importlib.util
+import json
+import subprocess
 import sys
 import time
 import types
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import gymnasium
 import numpy as np
 import torch
 import tyro
-from run import FOLDER, load, task_name
+from run import FOLDER, commit, load, task_name
 
 bc = load("bc")  # its data set block reads what all files read
 
@@ -56,6 +58,16 @@ def unscaled(action: np.ndarray, task: dict) -> np.ndarray:
     """An action of [-1, 1] in the environment's bounds."""
     low, high = np.float32(task["bounds"])
     return low + (np.clip(action, -1, 1) + 1) / 2 * (high - low)
+
+
+def write_config(run_dir: Path, args, task: dict, code: Path, **more) -> None:
+    """What it takes to run it again: flags, task, versions, our commit and that of the code."""
+    git = ["git", "-C", str(code), "rev-parse", "HEAD"]
+    head = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    about = {"args": asdict(args), "task": task, "python": sys.version, "threads": args.threads}
+    about |= {"commit": commit(), "commit_of_its_code": head or "unknown"} | more
+    about |= {module.__name__: module.__version__ for module in (torch, np, gymnasium)}
+    (run_dir / "config.json").write_text(json.dumps(about, indent=2, default=str))
 
 
 class OldEnv(gymnasium.Wrapper):
@@ -204,6 +216,8 @@ def main(args: Args) -> float:
             if isinstance(old, tuple):  # target_returns=3600,1800
                 value = tuple(map(float, value.split(",")))
             setattr(config, key, value if isinstance(value, type(old)) else type(old)(value))
+    if not args.speed:
+        write_config(run_dir, args, task, args.file.parent, settings=asdict(config))
     if args.speed and hasattr(corl, "eval_rollout"):  # evaluates at its step 0, come what may
         corl.eval_rollout = lambda **_: (0.0, 0)
     corl.train(config)

@@ -6,8 +6,8 @@
 Nothing of it is kept here. Its learner comes from its a2po.py; batches, seeds, rewards times 100,
 normalised states and evaluation are done as its main.py and buffer.py do them, with its defaults,
 but on our arrays and Gymnasium's environment. It trains on all episodes; our files keep one in
-twenty for validation. Writes runs/official_a2po/<data set>/seed<k>/eval.csv beside this file, for
-report.py; with --speed it only counts steps per second.
+twenty for validation. Writes runs/official_a2po/<data set>/seed<k>/eval.csv and config.json beside
+this file, for report.py; with --speed it only counts steps per second.
 """
 
 import csv
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from corl import bc, references, unscaled
+from corl import bc, references, unscaled, write_config
 from run import FOLDER, task_name
 
 COLUMNS = "observations actions rewards next_observations terminals".split()
@@ -89,6 +89,7 @@ def main(args: Args) -> float:
         if (run_dir / "eval.csv").exists():
             raise SystemExit(f"{run_dir} holds a run: --run-dir goes elsewhere.")
         run_dir.mkdir(parents=True, exist_ok=True)
+        write_config(run_dir, args, task, args.folder)
     spec = importlib.util.spec_from_file_location("official_a2po", path)
     official = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(official)

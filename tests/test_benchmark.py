@@ -428,6 +428,9 @@ def test_corl_runs_on_our_data_and_is_scored_as_we_score(tmp_path):
     with open(tmp_path / "run" / "eval.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["20", "40"]
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (about["args"]["seed"], about["settings"]["scale"]) == (3, 2.0)
+    assert about["commit"] == run.commit() and about["commit_of_its_code"] == "unknown"
     # The same constant torque, 1.0 of [-1, 1], from the same start in the environment itself.
     env = load("bc").make_env({"env": "Pendulum-v1", "sizes": [3, 1]})
     env.reset(seed=3)
@@ -472,6 +475,8 @@ def test_official_a2po_runs_on_our_data(tmp_path):
     with open(tmp_path / "run" / "eval.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["20", "30"]
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert about["args"]["steps"] == 30 and about["task"]["env_id"] == "Pendulum-v1"
     env = load("bc").make_env({"env": "Pendulum-v1", "sizes": [3, 1]})
     env.reset(seed=103)
     total = sum(env.step(np.array([1.0], np.float32))[1] for _ in range(200))  # 0.5 of ±2
