@@ -1,4 +1,4 @@
-"""RT-2, "RT-2: Vision-Language-Action Models Transfer Web Knowledge to Robotic Control"
+r"""RT-2, "RT-2: Vision-Language-Action Models Transfer Web Knowledge to Robotic Control"
 Anthony Brohan et al. (Google DeepMind). CoRL 2023, arXiv:2307.15818. Small, and trained from
 nothing: the mechanism, and nothing of the reasoning that the paper sees emerge at 55 billion.
 
@@ -15,18 +15,21 @@ learns to act (co-fine-tuning); when it acts, it may say nothing but actions (co
     acting: y_t = argmax over the bins alone; answering: over the words alone
 
     python algorithms/rt2.py --eval-episodes 48
-    python algorithms/rt2.py --dataset hopper-medium-replay
+    python algorithms/rt2.py --steps 1000 --decay-steps 1100 --warmup-steps 50 \
+        --learning-rate 2e-3 --batch-size 32 --layers 2 --hidden-dim 96 --max-words 6 \
+        --proprioception --eval-episodes 48
 
-Measured: a first look, one seed, 900 steps of 64 rows, 2 layers of width 96, 134 CPU seconds: 94 to
-100 % of the questions of each of today's kinds are answered right (a fifth kind, since removed, was
-not learned). How well it acts was not measured.
+Measured: the second: a robot arm does what it is told in 68 % of 50 episodes, and 93 % of the
+questions are answered right, five seeds (58 to 74, 85 to 98), a minute and a quarter on one CPU
+thread. With all questions before all actions, 3 % are: it forgets.
 
 Differs from the paper (there is no official code; the nearest open relative is OpenVLA):
 - Our specification. As in the paper: actions are tokens of the vocabulary, one for each dimension
   in turn; questions stay in the batches; decoding is constrained; picture and words are all it
-  sees, the robot's state is not; one action, then a new look.
+  sees, unless --proprioception; one action, then a new look.
 - No PaLI-X or PaLM-E: four strided convolutions and an embedding of the data's words, trained from
-  nothing, and questions about pictures of the same simulator in place of the web's.
+  nothing, and questions about pictures of the same simulator in place of the web's. Pictures come
+  without their mean, which is most of what a camera at rest sees.
 - Both are learned together from the start; --pretrain-steps restores the paper's order.
 - 32 new tokens for the bins, not 256 old ones; no token ends an episode; a row counts once, however
   many tokens it has.

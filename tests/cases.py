@@ -689,10 +689,8 @@ CASES = {
         ASKED | {"env_id": "none", "eval_every": 1000},
         "scene-language",
         measure=answers_right,
-        ablations={
-            "no questions": {"co_finetune": 0.0},
-            "questions first": {"pretrain_steps": 500, "co_finetune": 0.0},
-        },
+        end=65,
+        ablations={"questions first": {"pretrain_steps": 500, "co_finetune": 0.0}},
     ),
     "rt2_acts": Case(
         "rt2",
@@ -700,6 +698,7 @@ CASES = {
         "scene-language",
         look=succeeds,
         simulated=True,
+        end=40,
         ablations={"instructions shuffled": shuffle_told},
     ),
     "sac": Case(

@@ -291,6 +291,22 @@ def test_the_picture_in_place_of_the_state():
         agent.policy.answer(np.zeros((SIDE, SIDE, 3), np.uint8), "is it")
 
 
+def test_pictures_come_without_their_mean(file):
+    """Of the data's pictures, which a checkpoint keeps; and all tokens begin at one size."""
+    found, came = rows(), []
+    agent = learner(file, found, hidden_dim=64)
+    eyes, images = agent.policy.net.eyes, found["images"]
+    mean = images.float().mean(0)
+    torch.testing.assert_close(agent.state_dict()["policy.net.eyes.mean"], mean)
+    eyes.net.register_forward_pre_hook(lambda _, x: came.append(x[0]))
+    tokens = eyes(images)
+    torch.testing.assert_close(came[0], (images - mean).permute(0, 3, 1, 2) / 32)
+    smooth = eyes.net(torch.randn(64, 3, 1, 1).expand(-1, -1, SIDE, SIDE))
+    assert 0.3 < smooth.std() < 3 and tokens.shape == (64, 4, 64)
+    for position in (eyes.position, agent.policy.net.word_position):
+        assert position.std().item() == pytest.approx(0.5, rel=0.2)
+
+
 def test_one_table_embeds_and_speaks(file):
     """Tokens come in at the size of a unit normal, and logits leave at it."""
     net = learner(file, hidden_dim=128).policy.net
@@ -397,6 +413,13 @@ def test_the_step_size_rises_and_falls(file):
     cosine = [0.55 + 0.45 * np.cos(np.pi * min(k / 8, 1)) for k in range(1, 11)]
     wanted = [min(k / 2, c) for k, c in zip(range(1, 11), cosine)]
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_the_gradient_is_bounded(file):
+    agent = learner(file, max_grad_norm=1e-3)
+    assert agent.update()["gradients/norm"] > 1e-2
+    norms = [x.grad.norm() for x in agent.policy.parameters() if x.grad is not None]
+    assert torch.stack(norms).norm().item() == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_it_learns_to_act_and_to_answer(tmp_path):

@@ -86,8 +86,9 @@ def answers(policy, asked) -> list[dict]:
     for picture, question, right, kind in asked["rows"]:
         image = torch.as_tensor(asked["images"][picture])[None]
         words, n = policy.words([question]), len(policy.net.target_position)
-        y = policy.net.decode(image, words, None, n, ~policy.is_action)
-        logits = policy.net.logits(image, words, None, y)
+        s = torch.zeros_like(policy.scaling.mean)[None]
+        y = policy.net.decode(image, words, s, n, ~policy.is_action)
+        logits = policy.net.logits(image, words, s, y)
         logits = logits.masked_fill(policy.is_action, -torch.inf).log_softmax(-1)
         said = policy.text_of(y[0])
         end = len(said.split()) + 1
