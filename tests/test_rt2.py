@@ -30,7 +30,7 @@ def asked(path, pictures=20, **columns):
     images = np.random.default_rng(3).integers(256, size=(pictures, SIDE, SIDE, 3), dtype=np.uint8)
     arrays = dict(images=images, picture=picture, question=np.arange(3 * pictures) % 3)
     arrays |= dict(answer=(picture + np.arange(3 * pictures)) % 4) | columns
-    texts = dict(questions=QUESTIONS, answers=ANSWERS, kinds=["a", "b", "c"])
+    texts = dict(questions=[x.capitalize() for x in QUESTIONS], answers=ANSWERS, kinds=list("abc"))
     return write_hdf5(path, arrays, **texts)
 
 
