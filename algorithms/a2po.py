@@ -17,10 +17,10 @@ but does not see the action, so Q - V is the logged action's advantage over the 
     python algorithms/a2po.py --dataset hopper-medium-replay
     python algorithms/a2po.py --dataset hopper-random-medium-expert --steps 100000 --eval-xi -1 0
 
-Measured: scores at the end (TD3+BC, BC), 100,000 steps, three seeds, half an hour on one thread at
---matmul-precision medium: hopper-medium-replay 85.7 (76.2, 14.5), hopper-random-medium-expert 99.6
-(87.0, 5.6). Where good data are rare, with --xi-norm local --xi-critic mean --layer-norm, 60,000
-steps, three seeds: hopper-random-expert-10 84.9 (without 26.9, TD3+BC 23.4).
+Measured: scores at the end (TD3+BC, BC), 100,000 steps, three seeds: hopper-medium-replay 81.3
+(81.3, 15.5), hopper-random-medium-expert 93.4 (79.4, 3.6). Where good data are rare, with --xi-norm
+local --xi-critic mean --layer-norm, 60,000 steps, three seeds: hopper-random-expert-10 84.9
+(without 26.9, TD3+BC 23.4).
 
 Differs from the paper / official code, which is `--tau 0.005 --cvae-dim 750 --reward-scale 100
 --xi-norm none --xi-critic q1 --kl-weight 1 --cvae-min-steps 0`:

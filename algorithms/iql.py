@@ -16,8 +16,8 @@ a state; Q bootstraps from V; and the policy clones the data, each action weight
     python algorithms/iql.py --dataset hopper-random-medium-expert --expectile 0.9 --beta 10
 
 Measured: pendulum-random-medium-expert, 4,000 steps of small networks, five seeds: score 96.6, with
-τ = 0.5 and β = 0 41.5. On hopper-medium-replay 26 after 30,000 steps and rising, one seed, 3
-minutes on one CPU thread at --matmul-precision medium.
+τ = 0.5 and β = 0 41.5. On hopper-medium-replay 66.3, 75.2 and 78.1 after 100,000 steps (three
+seeds, mean of the last five evaluations).
 
 Differs from the paper / official code:
 - Rewards are multiplied by 1000 over the range of the episodes' returns, as the official code does

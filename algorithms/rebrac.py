@@ -20,7 +20,7 @@ The paper tunes β_1 and β_2 per data set; these flags are its values for D4RL 
 
 Measured: pendulum-unimodal (demonstrations), 4,000 steps of small networks, five seeds: score 68.8,
 without both penalties -11.3. On hopper-medium-replay 94.9 and 96.4 after 100,000 steps (mean of the
-last five evaluations, two seeds), where TD3+BC has 76.2 on average of three; 77 minutes on one CPU
+last five evaluations, two seeds), where TD3+BC has 81.3 on average of three; 77 minutes on one CPU
 thread at --matmul-precision medium beside another run.
 
 Differs from the paper / official code:

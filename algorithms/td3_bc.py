@@ -12,9 +12,8 @@ delayed actor updates are TD3's own.
     python algorithms/td3_bc.py --dataset hopper-medium-replay
     python algorithms/td3_bc.py --dataset hopper-random-medium-expert --seed 1 --steps 100000
 
-Measured: hopper-medium-replay, 100,000 steps, three seeds: final scores 59.6, 74.6 and 94.3 (mean
-of the last five evaluations), 10 to 20 minutes on one CPU thread beside another run, at
---matmul-precision medium.
+Measured: hopper-medium-replay, 100,000 steps, three seeds: final scores 74.4, 82.3 and 87.1 (mean
+of the last five evaluations).
 
 Differs from the paper / official code:
 - λ averages |Q| over the policy's actions, as the official code does; the paper writes the data's.

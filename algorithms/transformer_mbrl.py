@@ -17,8 +17,8 @@ Then SAC learns from short imagined branches off the data's episodes, whose past
     python algorithms/transformer_mbrl.py --dataset hopper-medium-replay --dynamics mlp
 
 Measured: pendulum-medium-replay without velocities, 800 steps of a small model, five seeds: error
-after five imagined steps 0.13 standard deviations, --dynamics mlp 0.75. The policy's return was not
-measured, nor were the defaults.
+after five imagined steps 0.13 standard deviations, --dynamics mlp 0.75. hopper-medium-replay,
+30,000 steps of the model, 60,000 of the policy, two seeds: at last 57 and 38, one was at 93.
 
 Differs from the paper / official code:
 - There is no official code. MOPO has an ensemble of networks on one (s, a), and charges the largest
