@@ -7,6 +7,7 @@
     python datasets/make.py pointmaze-medium-navigate --transitions 1000000
     python datasets/make.py halfcheetah-pixels
     python datasets/make.py scene-language --demonstrations 5000
+    python datasets/make.py scene-questions --pictures 20000
     python datasets/make.py hopper-medium --format minari
     python datasets/make.py --mix hopper-random:0.9,hopper-expert:0.1 --name hopper-random-expert-10
 
@@ -76,6 +77,7 @@ OURS += [f"pendulum-{kind}" for kind in DEMONSTRATIONS]
 BUFFERS = ("hopper-medium-replay", "pendulum-medium-replay")  # a rollout cannot make these again
 SHIPPED = (*BUFFERS, "pendulum-random-medium-expert", "pendulum-random-expert-10")
 SHIPPED += ("pendulum-bimodal", "pendulum-unimodal", "pointmaze-medium-navigate", "scene-language")
+SHIPPED += ("scene-questions",)
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
 D4RL_TASKS = {  # -v4 has the dynamics and the rewards of the -v2 environments of D4RL
@@ -108,7 +110,9 @@ PIXELS = "halfcheetah-pixels"  # by pixels.py: one episode of ten of the medium-
 
 SCENE = "scene-language"  # by scene.py, which needs OGBench: an arm, instructed in words
 
-KNOWN = [*OURS, *GOALS, *REWARDED, PIXELS, SCENE, *D4RL]
+ASKED = "scene-questions"  # by scene.py too: pictures, questions and answers; no transitions
+
+KNOWN = [*OURS, *GOALS, *REWARDED, PIXELS, SCENE, ASKED, *D4RL]
 
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 
@@ -134,6 +138,8 @@ class Args:
     maze's or an arm's data: 0 is 100,000, OGBench's own have a million"""
     demonstrations: int = 600
     """episodes of scene-language"""
+    pictures: int = 2400
+    """pictures of scene-questions"""
     seed: int = 0
     """seed of rollouts and mixtures"""
     format: Literal["hdf5", "minari"] = "hdf5"
@@ -175,8 +181,8 @@ def check_known(name: str) -> None:
             f"No data set '{name}'. There are {', '.join(SAC_TASKS)}, each with"
             f" -{', -'.join(LEVELS)}; ant-{', ant-'.join(OF_ANT)};"
             f" pendulum-{', pendulum-'.join(DEMONSTRATIONS)}; {', '.join(GOALS)}, each also with"
-            f" -singletask or -singletask-task1 to -task5; {PIXELS}; {SCENE}; D4RL's"
-            f" {', '.join(D4RL_TASKS)}, each"
+            f" -singletask or -singletask-task1 to -task5; {PIXELS}; {SCENE}; {ASKED};"
+            f" D4RL's {', '.join(D4RL_TASKS)}, each"
             f" with -{'-v2, -'.join(D4RL_LEVELS)}-v2; other mixtures with --mix."
         )
 
@@ -548,8 +554,8 @@ def make(name: str, args: Args) -> None:
         return fetch(name)
     if name in GOALS or name in REWARDED:
         return make_goals(name, args)
-    if name in (PIXELS, SCENE):
-        return (make_pixels if name == PIXELS else make_scene)(name, args)
+    if name in (PIXELS, SCENE, ASKED):
+        return {PIXELS: make_pixels, SCENE: make_scene, ASKED: make_questions}[name](name, args)
     if name in BUFFERS or name not in KNOWN:
         how = "ships with the project: git restores it" if name in SHIPPED else "is made by --mix"
         raise SystemExit(f"{name} {how}.")
@@ -645,6 +651,23 @@ def make_scene(name: str, args: Args) -> None:
     images = data.pop("images")
     write(name, data, "scene:SceneLanguage-v0", how, time.time() - began)
     add_images(name, images, instructions=list(scene.INSTRUCTIONS), **scene.sentences())
+
+
+def make_questions(name: str, args: Args) -> None:
+    """Questions about pictures of that arm's scene and their answers, for rt2.py."""
+    import scene
+
+    if args.pictures < 1:
+        raise SystemExit(f"--pictures {args.pictures}: 1 or more.")
+    began, attributes = time.time(), ("questions", "answers", "kinds")
+    data = scene.questions(args.pictures, args.seed)
+    with replacing(path_of(name)) as partial, h5py.File(partial, "w") as file:
+        for key in (key for key in data if key not in (*attributes, "images")):
+            values = data[key].astype(np.uint16)
+            file.create_dataset(key, data=values, compression="gzip", shuffle=True)
+        file.attrs.update({key: data[key] for key in attributes})
+    print(f"{name}: {len(data['answer']):,} questions in {time.time() - began:.0f} s")
+    add_images(name, data["images"])
 
 
 def add_images(name: str, images: np.ndarray, **attributes) -> None:
@@ -830,7 +853,7 @@ def mend(data: Data, limit: int) -> tuple[Data, int]:
 
 def names_there() -> list[str]:
     """The files that are there: the levels in their order, then other mixtures."""
-    there = {path.stem for path in FOLDER.glob("*.hdf5")}
+    there = {path.stem for path in FOLDER.glob("*.hdf5")} - {ASKED}
     return [name for name in KNOWN if name in there] + sorted(there - set(KNOWN))
 
 

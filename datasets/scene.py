@@ -16,7 +16,8 @@ how much to move the gripper along x, y and z (5 cm), turn it (0.3 radians) and 
 
 The task, the arm and the scripted experts are OGBench's (Park et al. 2024, arXiv:2410.20092); the
 instructions, the camera's settings and the yellow fingertip are ours. Nothing of this is needed to
-train: the files of algorithms/ import it to evaluate, `datasets/make.py scene-language` to collect.
+train: the files of algorithms/ import it to evaluate, `datasets/make.py scene-language` to collect,
+`datasets/make.py scene-questions` to ask.
 """
 
 import pixels  # noqa: F401  chooses MuJoCo's renderer before mujoco is imported
@@ -180,15 +181,19 @@ def camera(size: int) -> mujoco.Renderer:
     return renderer
 
 
+def experts(scene: SceneEnv) -> dict:
+    """OGBench's, by what they move."""
+    return {
+        "button": button_markov.ButtonMarkovOracle(env=scene, gripper_always_closed=True),
+        "drawer": drawer_markov.DrawerMarkovOracle(env=scene),
+        "window": window_markov.WindowMarkovOracle(env=scene),
+    }
+
+
 def demonstrations(episodes: int, seed: int) -> tuple[dict[str, np.ndarray], str]:
     """The columns of a data set of successful demonstrations, and how many attempts were not."""
     env, rng = SceneLanguage(), np.random.default_rng(seed)
-    oracles = {
-        "button": button_markov.ButtonMarkovOracle(env=env.scene, gripper_always_closed=True),
-        "drawer": drawer_markov.DrawerMarkovOracle(env=env.scene),
-        "window": window_markov.WindowMarkovOracle(env=env.scene),
-    }
-    kept, failed = [], 0
+    oracles, kept, failed = experts(env.scene), [], 0
     while len(kept) < episodes:
         ob, info = env.reset(seed=int(rng.integers(2**31)))
         task, rows, done = list(INSTRUCTIONS).index(env.instruction), [], False
@@ -211,6 +216,70 @@ def demonstrations(episodes: int, seed: int) -> tuple[dict[str, np.ndarray], str
     how = f"OGBench's scripted arm with noise {NOISE} carries out instructions, "
     how += f"{failed} of {episodes + failed} attempts failed and were dropped"
     return data | {"timeouts": np.zeros(len(data["rewards"]), bool)}, how
+
+
+# Kinds of questions about a picture, and ways to ask: the demonstrations know no tray and no pane.
+QUESTIONS = {
+    "drawer": ["is the drawer open", "is the tray open"],
+    "window": ["is the window closed", "is the pane closed"],
+    "buttons": ["which button is red"],
+    "gripper": ["what is the gripper near"],
+}
+
+
+def answer(env: SceneLanguage, question: str) -> str:
+    """What is true of a scene, by its state; "" where it is neither. Left and right are the
+    picture's; the gripper is near what is 10 cm away and not near what is 15 cm away."""
+    drawer_open, drawer_closed, window_open, window_closed, left, right = env.holds()
+    if question in QUESTIONS["drawer"] + QUESTIONS["window"]:
+        yes, no = window_closed, window_open
+        if question in QUESTIONS["drawer"]:
+            yes, no = drawer_open, drawer_closed
+        return "yes" if yes else "no" if no else ""
+    if question in QUESTIONS["buttons"]:
+        return {(1, 1): "both", (1, 0): "left", (0, 1): "right", (0, 0): "neither"}[left, right]
+    data = env.scene.data
+    places = {
+        "drawer": data.site("drawer_handle_center").xpos,
+        "window": data.site("window_handle_center").xpos,
+        "left button": data.site("btntop_0").xpos,
+        "right button": data.site("btntop_1").xpos,
+    }
+    away = {k: np.linalg.norm(x - data.site("ur5e/robotiq/pinch").xpos) for k, x in places.items()}
+    nearest, second, *_ = sorted(away, key=away.get)
+    if away[nearest] > 0.15:
+        return "nothing"
+    return nearest if away[nearest] < 0.1 and away[second] > away[nearest] + 0.03 else ""
+
+
+def questions(pictures: int, seed: int) -> dict[str, np.ndarray]:
+    """Pictures of scenes at random, some steps into what an expert does there, and a question of
+    each kind about each of them: columns images (P, 64, 64, 3); picture, question, answer (Q,),
+    numbers of pictures and of the texts in `questions` and `answers`; `kinds` of the questions."""
+    env, rng = SceneLanguage(), np.random.default_rng(seed)
+    oracles, asked = experts(env.scene), [x for ways in QUESTIONS.values() for x in ways]
+    images, rows = [], []
+    while len(images) < pictures:
+        _, info = env.reset(seed=int(rng.integers(2**31)))
+        env.scene._cur_button_states[:] = rng.integers(2, size=2)  # red, or white; red ones lock
+        env.scene._apply_button_states()
+        oracle = oracles[INSTRUCTIONS[env.instruction][0]]
+        oracle.reset(None, info)
+        for _ in range(3):
+            for _ in range(rng.integers(12)):
+                action = oracle.select_action(None, info) + rng.normal(0, NOISE, 5)
+                *_, info = env.scene.step(np.clip(action, -1, 1))
+            for ways in QUESTIONS.values():
+                question = ways[rng.integers(len(ways))]
+                if said := answer(env, question):
+                    rows.append((len(images), asked.index(question), said))
+            images.append(env.picture())
+    env.close()
+    picture, question, said = map(np.array, zip(*(row for row in rows if row[0] < pictures)))
+    answers, said = np.unique(said, return_inverse=True)
+    kinds = [kind for kind, ways in QUESTIONS.items() for _ in ways]
+    found = dict(images=np.array(images[:pictures]), picture=picture, question=question)
+    return found | dict(answer=said, questions=asked, answers=answers.tolist(), kinds=kinds)
 
 
 def sentences() -> dict[str, np.ndarray]:

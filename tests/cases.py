@@ -37,6 +37,9 @@ ROBOT = {"layers": 2, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 5
 ROBOT |= {"chunk": 6, "execute": 4, "steps": 600, "decay_steps": 600, "eval_every": 0}
 INSTRUCTED = {"proprioception": True, "bins": 32, "batch_size": 32, "learning_rate": 2e-3}
 INSTRUCTED |= {"warmup_steps": 50, "steps": 500, "decay_steps": 550, "eval_every": 0}
+ASKED = {"proprioception": True, "layers": 2, "hidden_dim": 96, "max_words": 6}
+ASKED |= {"batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 50, "steps": 1000}
+ASKED |= {"decay_steps": 1100}
 NARROW = "pendulum-unimodal"  # one way to swing up, and nothing of what lies beside it
 TRAJECTORY = {"hidden_dim": 64, "layers": 2, "heads": 2, "bins": 30, "context": 4, "history": 1}
 TRAJECTORY |= {"horizon": 3, "beam_width": 8, "gamma": 0.97, "dropout": 0.0, "batch_size": 64}
@@ -244,6 +247,22 @@ def what_words_tell(row: dict) -> float:
     """By how many per cent the squared error is below that under other rows' words."""
     error, other = (row[f"validation/action_mse{x}"] for x in ("", "_other_words"))
     return 100 * (1 - error / other)
+
+
+def shuffle_told(module: ModuleType) -> None:
+    """RT-2 whose instructions no longer belong to their demonstrations."""
+    columns = module.RT2.columns
+
+    def shuffled(self, data):
+        images, words, *others = columns(self, data)
+        return images, words[torch.randperm(len(words))], *others
+
+    module.RT2.columns = shuffled
+
+
+def answers_right(row: dict) -> float:
+    """Questions about held-out pictures in % that are answered right, word for word."""
+    return 100 * row["validation/answer_accuracy"]
 
 
 def arrives_at_x_1(row: dict) -> float:
@@ -662,6 +681,25 @@ CASES = {
             "film off": {"film": False},
             "instructions shuffled": shuffle_instructions,
         },
+    ),
+    # One network answers questions about what it sees, and acts: the same run, judged twice. With
+    # questions first and then actions alone it forgets the answers.
+    "rt2": Case(
+        "rt2",
+        ASKED | {"env_id": "none", "eval_every": 1000},
+        "scene-language",
+        measure=answers_right,
+        end=65,
+        ablations={"questions first": {"pretrain_steps": 500, "co_finetune": 0.0}},
+    ),
+    "rt2_acts": Case(
+        "rt2",
+        ASKED | {"eval_every": 0},
+        "scene-language",
+        look=succeeds,
+        simulated=True,
+        end=40,
+        ablations={"instructions shuffled": shuffle_told},
     ),
     "sac": Case(
         "sac",

@@ -42,6 +42,7 @@ TINY_EXTRA = {
     | dict(draws=2, warmup_steps=5, decay_steps=20),
     "rt1": dict(layers=1, heads=2, bins=16, context=3, tokens=2, text_dim=8)
     | dict(warmup_steps=5, decay_steps=20),
+    "rt2": dict(layers=1, heads=2, bins=8, warmup_steps=5, decay_steps=20),
     "s2p": dict(image_size=1, painter_steps=10, painter_batch_size=8, channels=8)  # no pictures
     | dict(model_dim=16, ensemble=2),
     "trajectory_transformer": dict(layers=2, heads=2, bins=8, context=4, history=2, horizon=2)

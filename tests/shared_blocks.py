@@ -65,15 +65,17 @@ BLOCKS = {
         "gciql.py",
         "pi0.py",
         "rt1.py",
+        "rt2.py",
     ),
-    "evaluation of plans": ("pi0.py", r"def evaluate\(.*?(?=\n\n\ndef )", ("pi0.py",)),
+    "evaluation of plans": ("pi0.py", r"def evaluate\(.*?(?=\n\n\ndef )", ("pi0.py", "rt2.py")),
     # What robots have in common.
     "vocabulary": ("pi0.py", r"def vocabulary\(.*?(?=\n\n\n)", ("pi0.py", "rt1.py")),
-    "look": ("pi0.py", r"    def look\(.*?(?=\n\n    @torch)", ("pi0.py", "rt1.py")),
+    "words": ("pi0.py", r"    def words\(.*?(?=\n\n    def )", ("pi0.py", "rt2.py")),
+    "look": ("pi0.py", r"    def look\(.*?(?=\n\n    @torch)", ("pi0.py", "rt1.py", "rt2.py")),
     "AdamW's schedule": (
         "pi0.py",
         r"        # The step size is a tensor: a graph.*?\.optimizer\.step\(\)\n",
-        ("pi0.py", "rt1.py"),
+        ("pi0.py", "rt1.py", "rt2.py"),
     ),
     "load policy": ("bc.py", r"def load_policy\(.*?(?=\n\n\n)", ALL),
     "training loop": ("bc.py", r"def train\(.*?(?=\n\n\ndef )", ALL),
@@ -130,6 +132,7 @@ ROBOTS = [  # pictures and instructions; a LeRobot data set; environments that g
 # What a copy may say instead: SAC's data may come from acting, S2P's and robots' have pictures.
 VARIANTS = {
     "pi0.py": ROBOTS,
+    "rt2.py": ROBOTS,
     "rt1.py": [
         *ROBOTS,
         (  # what a sentence encoder makes of the instructions
