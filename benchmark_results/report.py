@@ -74,6 +74,7 @@ class Run:
     budget: float = 0.0  # CPU minutes that it was given; 0: it was given steps
     reached: int = 0  # gradient steps, in that time
     used: float = math.nan  # CPU minutes
+    gpu: bool = False
 
     @property
     def final(self) -> float:
@@ -114,6 +115,7 @@ def read_run(path: Path) -> Run | str:
     run.cpu = np.array(at) / 60 if len(at) == len(steps) and None not in at else None
     run.reached = int(about.get("steps_reached", steps[-1]))
     run.used = about.get("cpu_seconds", math.nan) / 60
+    run.gpu = about.get("args", {}).get("device", "cpu").startswith("cuda")
     return run
 
 
@@ -193,7 +195,8 @@ def table(runs: list[Run]) -> str:
             row.append(f"{np.mean([run.reached for run in group]):,.0f}")
             row.append(f"{np.mean([run.used for run in group]):.1f}")
         else:
-            row.append(f"{np.mean([run.minutes for run in group]):.0f}")
+            where = " on a GPU" * any(run.gpu for run in group)
+            row.append(f"{np.mean([run.minutes for run in group]):.0f}{where}")
         rows.append(row)
     return markdown(head, 2, rows)
 

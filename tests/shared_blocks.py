@@ -117,6 +117,11 @@ ROBOTS = [  # pictures and instructions; a LeRobot data set; environments that g
         '        data["task_index"] = rows[keep].astype(np.int64)\n',
     ),
     ("def load_dataset(", f"{LEROBOT}def load_dataset("),
+    (  # dictionaries stay what they are
+        "        if isinstance(env.observation_space, gym.spaces.Dict):\n"
+        "            env = gym.wrappers.FlattenObservation(env)\n",
+        "",
+    ),
     (
         "    spaces, shapes = (env.observation_space, env.action_space), ",
         '    seen = getattr(env.observation_space, "spaces", {"state": env.observation_space})'

@@ -3,6 +3,7 @@
 The block is the same in every file of algorithms/ (test_structure.py), so it is tested in one.
 """
 
+import importlib
 import re
 
 import gymnasium as gym
@@ -490,10 +491,34 @@ def test_a_group_where_an_array_is_due_is_refused(elsewhere):
     assert "g.hdf5" in refusal("g.hdf5")
 
 
-def dictionary_minari() -> str:
-    box = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
-    states = gym.spaces.Dict({"observation": box, "desired_goal": box})
-    observations = {key: np.zeros((21, 2)) for key in ("observation", "desired_goal")}
+GOALS = """
+import gymnasium as gym
+import numpy as np
+
+BOX = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+SEEN = gym.spaces.Dict({"observation": BOX, "desired_goal": gym.spaces.Dict({"at": BOX})})
+
+
+class Goals(gym.Env):
+    observation_space, action_space = SEEN, gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, seed=None, options=None):
+        self.at = np.array([1.0, 2.0])
+        return self.seen(), {}
+
+    def step(self, action):
+        self.at = self.at + action
+        return self.seen(), float(action[0]), False, False, {}
+
+    def seen(self):
+        return {"observation": self.at, "desired_goal": {"at": np.array([7.0, 8.0])}}
+
+
+gym.register("Goals-v0", "goals_of_test:Goals", max_episode_steps=20)
+"""
+
+
+def minari_of(space, observations, **options) -> str:
     buffer = minari.data_collector.EpisodeBuffer(
         observations=observations,
         actions=np.zeros((20, 1), "f4"),
@@ -501,22 +526,40 @@ def dictionary_minari() -> str:
         terminations=np.zeros(20, bool),
         truncations=np.arange(20) == 19,
     )
+    options |= {} if "env" in options else {"action_space": gym.spaces.Box(-1, 1, (1,), "f4")}
     minari.create_dataset_from_buffers(
         dataset_id="mine/goal-v0",
         buffer=[buffer],
-        action_space=gym.spaces.Box(-1, 1, (1,), np.float32),
-        observation_space=states,
+        observation_space=space,
         algorithm_name="test",
         author="test",
         author_email="test@example.com",
         code_permalink="https://example.com",
+        **options,
     )
     return "mine/goal-v0"
 
 
-def test_dictionaries_are_refused_with_their_keys(elsewhere):
-    said = refusal(dictionary_minari())
-    assert "mine/goal-v0" in said and "desired_goal" in said and "observation" in said
+def test_dictionaries_are_joined_as_the_environment_joins_them(elsewhere, capsys, monkeypatch):
+    (elsewhere / "goals_of_test.py").write_text(GOALS)
+    monkeypatch.syspath_prepend(str(elsewhere))
+    goals = importlib.import_module("goals_of_test")
+    walk, goal = np.arange(42.0).reshape(21, 2), np.tile([7.0, 8.0], (21, 1))
+    observations = {"observation": walk, "desired_goal": {"at": goal}}
+    name = minari_of(goals.SEEN, observations, env="Goals-v0")
+    data, task = bc.load_dataset(name)
+    expected = np.concatenate([goal, walk], axis=1)
+    np.testing.assert_array_equal(data["observations"], expected[:-1])
+    np.testing.assert_array_equal(data["next_observations"], expected[1:])
+    assert "desired_goal, observation, joined in this order" in capsys.readouterr().out
+    env = bc.make_env(task)
+    np.testing.assert_array_equal(env.reset(seed=0)[0], [7, 8, 1, 2])
+    np.testing.assert_array_equal(env.step(np.ones(1))[0], [7, 8, 2, 3])
+
+
+def test_observations_of_other_kinds_are_refused(elsewhere):
+    said = refusal(minari_of(gym.spaces.Discrete(3), np.zeros(21, np.int64)))
+    assert "mine/goal-v0" in said and "Discrete(3)" in said
 
 
 @pytest.mark.parametrize("name", ["no-such-data", "no-such.hdf5", "folder/none.npz", "tiny-v0"])
@@ -579,7 +622,8 @@ class Dead(Base):
 class Stacked(Base):
     observation_space = gym.spaces.Box(-9, 9, (4, 2), np.float32)
 class Goal(Base):
-    observation_space = gym.spaces.Dict({"observation": Base.observation_space})
+    parts = {"at": Base.observation_space, "on": gym.spaces.Discrete(4)}
+    observation_space = gym.spaces.Dict(parts)
 for cls in (OldReset, Dead, Stacked, Goal):
     gym.register(cls.__name__ + "-v0", entry_point="faulty:" + cls.__name__, max_episode_steps=9)
 gym.register("Endless-v0", entry_point="faulty:Base")
@@ -610,7 +654,7 @@ def test_a_module_of_the_current_folder_is_found(faulty):
         ("OldReset", "seed"),
         ("Dead", "simulator lost"),
         ("Stacked", r"\(4, 2\)"),
-        ("Goal", "Dict"),
+        ("Goal", r"\(7,\)"),
         ("Endless", "time limit"),
     ],
 )

@@ -775,7 +775,8 @@ def metrics_of(module, device, graph, calls=8):
     """Metrics of some steps from one and the same start, with graphs or without."""
     torch.manual_seed(0)
     args = module.Args(**tiny(name_of(module)) | dict(device=device, hidden_dim=32))
-    with torch.cuda.stream(torch.cuda.Stream()):
+    same_order = torch.backends.cudnn.flags(deterministic=True)  # of a convolution's sums
+    with torch.cuda.stream(torch.cuda.Stream()), same_order:
         rows = {key: value.to(device) for key, value in units.data(50).items()}
         learner, cache = module.Learner(rows, units.task(rows), args), {}
         torch.manual_seed(1)

@@ -29,16 +29,20 @@ LOCAL = dict(xi_norm="local", xi_critic="mean", layer_norm=True)
 VERSIONS = {"one": ("one σ for all states", {}), "local": ("σ of each state", LOCAL)}
 EDGES = np.linspace(-1, 1, 41)
 ASKED = (-1.0, -0.5, 0.0, 0.5, 1.0)
-LINES = {  # folder of benchmark_results/study: label, colour
+LINES = {  # folder of benchmark_results/study: label, colour if it is drawn
     "a2po_local": ("A2PO, σ(s), mean critic, LayerNorm", "C0"),
     "a2po": ("A2PO, defaults", "C1"),
     "a2po_one_sigma": ("without σ(s)", "C2"),
     "a2po_no_layer_norm": ("without LayerNorm", "C4"),
+    "a2po_only_local": ("σ(s) alone", None),
+    "a2po_only_mean": ("mean critic alone", None),
+    "a2po_only_layer_norm": ("LayerNorm alone", None),
     "td3_bc": ("TD3+BC", "0.3"),
     "iql": ("IQL", "0.65"),
 }
 STEPS = np.arange(10_000, 60_001, 10_000)
-TASKS = ("hopper-random-expert-10", "hopper-random-medium-expert", "hopper-medium-replay")
+TASKS = ("hopper-random-expert-10", "walker2d-random-expert-10")
+TASKS += ("hopper-random-medium-expert", "hopper-medium-replay")
 
 
 @dataclass
@@ -108,7 +112,7 @@ def draw_condition(rows: list[list[str]]) -> None:
 
 def curves(dataset: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Steps (T,) and scores (seeds, T) of each version that was run on a data set, up to 60,000
-    steps: in the study, or else in the long runs, which were made on a CPU."""
+    steps: in the study, or else in the long runs."""
     found = {}
     for name in LINES:
         for place in ("study", "runs"):
@@ -121,32 +125,37 @@ def curves(dataset: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def draw_curves() -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained", sharey=True)
-    for axis, dataset in zip(axes, TASKS):
+    figure, axes = plt.subplots(2, 2, figsize=(8.4, 6), layout="constrained", sharey=True)
+    for axis, dataset in zip(axes.flat, TASKS):
         for name, (steps, scores) in curves(dataset).items():
             label, colour = LINES[name]
+            if colour is None:
+                continue
             axis.plot(steps / 1000, scores.mean(0), "o-", ms=3, color=colour, label=label)
             for one in scores:
                 axis.plot(steps / 1000, one, color=colour, lw=0.7, alpha=0.35)
         axis.set(title=dataset, xlabel="thousand gradient steps")
         axis.grid(alpha=0.3)
-    axes[0].set(ylabel="score")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    for axis in axes[:, 0]:
+        axis.set(ylabel="score")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(FOLDER / "a2po_scarce.png", dpi=110)
 
 
 def write_table() -> None:
     """Mean of the last five evaluations, over seeds and of each."""
-    lines = ["| | " + " | ".join(f"`{dataset}`" for dataset in TASKS) + " |", "|---|--:|--:|--:|"]
+    lines = ["| | " + " | ".join(f"`{dataset}`" for dataset in TASKS) + " |"]
+    lines.append("|---|" + "--:|" * len(TASKS))
     for name, (label, _) in LINES.items():
         cells = []
         for dataset in TASKS:
+            cells.append("-")
             if name in (found := curves(dataset)):
                 finals = found[name][1][:, -5:].mean(1)
                 seeds = ", ".join(f"{x:.0f}" for x in finals)
-                cells.append(f"{finals.mean():.1f} ({seeds})")
-        lines.append(f"| {label} | {' | '.join(cells + ['-'] * (3 - len(cells)))} |")
+                cells[-1] = f"{finals.mean():.1f} ({seeds})"
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     (FOLDER / "a2po_scarce.md").write_text("\n".join(lines) + "\n")
 
 
