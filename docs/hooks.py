@@ -237,11 +237,18 @@ def shown(path: Path) -> str:
 def results(name: str) -> str:
     """An algorithm's rows of the tables in benchmark_results and docs/results.md; its curves."""
     rows = []
-    tables = re.findall(r"(?:^\|.*\n)+", read("benchmark_results/results.md"), re.MULTILINE)
+    pages = read("benchmark_results/results.md") + read("benchmark_results/minutes/results.md")
+    tables = re.findall(r"(?:^\|.*\n)+", pages, re.MULTILINE)
     for table in tables:
         head, *lines = [[c.strip() for c in row.split("|")[1:-1]] for row in table.splitlines()]
         if head[1:2] == ["algorithm"] and "minutes a run" in head:
             rows += [[head[0], *line] for line in lines if line[1] == name]
+        if head[-1] == "CPU minutes":
+            rows += [
+                [f"{line[-2]} steps", *line[:-2], f"{line[-1]} CPU minutes"]
+                for line in lines
+                if line[1] == name
+            ]
     text = ""
     if rows:
         text += "| after | data | seeds | final | best | minutes |\n|---|---|--:|--:|--:|--:|\n"

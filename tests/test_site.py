@@ -172,6 +172,12 @@ def test_results_are_those_of_the_benchmark(hooks, monkeypatch, tmp_path):
     assert y0 - y1 == pytest.approx((y0 - y2) / 3, abs=0.2), "scores are to scale, upwards"
     assert "| 400 steps | hopper | 3 | 7.0 [6.0, 8.0] | 9.0 | 4 |" in hooks.results("iql")
     assert "No run" in hooks.results("cql")
+    (folder / "minutes").mkdir()
+    table = "| 15 CPU minutes | algorithm | seeds | final | best | steps | CPU minutes |\n"
+    table += "|---|---|--:|--:|--:|--:|--:|\n| hopper | cql | 1 | 5.0 | 6.0 | 4,321 | 15.0 |\n"
+    (folder / "minutes" / "results.md").write_text(table)
+    row = "| 4,321 steps | hopper | 1 | 5.0 | 6.0 | 15.0 CPU minutes |"
+    assert row in hooks.results("cql") and "4,321" not in hooks.results("iql")
 
 
 def test_what_a_shared_link_shows(site):
