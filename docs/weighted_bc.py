@@ -215,9 +215,8 @@ def explained(what: str):
     try:
         yield
     except Exception as error:
-        raise SystemExit(
-            f"{what}: {str(error).strip().split(chr(10))[0] or repr(error)}"
-        ) from error
+        said = str(error).strip().split("\n")[0] or repr(error)
+        raise SystemExit(f"{what}: {said}") from error
 
 
 def read_dataset(name: str) -> dict:
@@ -235,10 +234,18 @@ def read_dataset(name: str) -> dict:
     check(folder or is_id, f"No data set '{name}': {there}; {make}.")
     data = minari.MinariDataset(folder) if folder else minari.load_dataset(name, download=True)
     env, box = getattr(data, "_eval_env_spec", None) or data.env_spec, data.action_space
-    ok = all(isinstance(space, gym.spaces.Box) for space in (data.observation_space, box))
-    check(ok, f"Data set '{name}' has {data.observation_space} and {box}, not arrays of numbers.")
+    seen = data.observation_space
+    ok = isinstance(seen, gym.spaces.Box | gym.spaces.Dict) and isinstance(box, gym.spaces.Box)
+    check(ok, f"Data set '{name}' has {seen} and {box}, not arrays of numbers.")
+    if isinstance(seen, gym.spaces.Dict):
+        print(f"{name}: an observation is {', '.join(sorted(seen))}, joined in this order")
+
+    def joined(x):  # as FlattenObservation does it
+        return np.concatenate([joined(x[k]) for k in sorted(x)], -1) if isinstance(x, dict) else x
+
     parts = [(e.terminations, e.truncations, e.rewards, e.actions, e.observations) for e in data]
     arrays = dict(zip(COLUMNS.split(), zip(*parts)))
+    arrays["observations"] = [joined(s) for s in arrays["observations"]]
     arrays["next_observations"] = [s[1:] for s in arrays["observations"]]
     arrays["observations"] = [s[:-1] for s in arrays["observations"]]
     about = {"action_low": box.low, "action_high": box.high} | data.storage.metadata
@@ -332,6 +339,8 @@ def make_env(task: dict, **options) -> gym.Env:
     env, of = task["env"], f"Environment {task['env'][:50]} (--env-id)"
     with explained(of):
         env = gym.make(EnvSpec.from_json(env) if env[0] == "{" else env, **options)
+        if isinstance(env.observation_space, gym.spaces.Dict):
+            env = gym.wrappers.FlattenObservation(env)
     spaces, shapes = (env.observation_space, env.action_space), [(x,) for x in task["sizes"]]
     ok = all(isinstance(x, gym.spaces.Box) and x.shape == y for x, y in zip(spaces, shapes))
     check(ok, f"{of} has {spaces[0]} and {spaces[1]}, the data has boxes of shapes {shapes}.")
@@ -525,10 +534,8 @@ def train(args: Args) -> list[dict[str, float]]:
                 save()
         if stop and not last:
             break
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    writer.close()
-    bar.close()
+    [signal.signal(number, handler) for number, handler in handlers.items()]
+    writer.close(), bar.close()
     check(last, f"Saved at step {step:,}; the same command with --resume goes on.")
     return history
 
