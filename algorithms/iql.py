@@ -315,9 +315,8 @@ def explained(what: str):
     """Whatever goes wrong inside ends in one sentence."""
     try:
         yield
-    except Exception as error:
-        said = str(error).strip().split("\n")[0] or repr(error)
-        raise SystemExit(f"{what}: {said}") from error
+    except Exception as err:
+        raise SystemExit(f"{what}: {(str(err).strip() or repr(err)).splitlines()[0]}") from err
 
 
 def read_dataset(name: str) -> dict:
@@ -341,17 +340,15 @@ def read_dataset(name: str) -> dict:
     if isinstance(seen, gym.spaces.Dict):
         print(f"{name}: an observation is {', '.join(sorted(seen))}, joined in this order")
 
-    def joined(x):  # as FlattenObservation does it
-        return np.concatenate([joined(x[k]) for k in sorted(x)], -1) if isinstance(x, dict) else x
+    def joined(x):  # as FlattenObservation does it; a discrete part has one axis, and fails
+        return np.concatenate([joined(x[k]) for k in sorted(x)], 1) if isinstance(x, dict) else x
 
     parts = [(e.terminations, e.truncations, e.rewards, e.actions, e.observations) for e in data]
-    arrays = dict(zip(COLUMNS.split(), zip(*parts)))
-    arrays["observations"] = [joined(s) for s in arrays["observations"]]
-    arrays["next_observations"] = [s[1:] for s in arrays["observations"]]
-    arrays["observations"] = [s[:-1] for s in arrays["observations"]]
+    *columns, states = zip(*parts)
+    columns += zip(*((s[:-1], s[1:]) for s in map(joined, states)))
     about = {"action_low": box.low, "action_high": box.high} | data.storage.metadata
     about["env_id"] = env.to_json() if env else "none"
-    return about | {key: np.concatenate(parts) for key, parts in arrays.items()}
+    return about | {key: np.concatenate(x) for key, x in zip(COLUMNS.split(), columns)}
 
 
 def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], dict]:
@@ -481,12 +478,11 @@ def load_policy(checkpoint: str | Path, device: str = "cpu", **flags) -> Policy:
     """A trained policy, ready for `policy.act(observations)`. Flags of acting may be given anew."""
     path = Path(checkpoint, "checkpoint.pt") if Path(checkpoint).is_dir() else Path(checkpoint)
     with explained(f"{path} is no checkpoint of {Learner.__name__}"):
-        saved = torch.load(path, map_location=device, weights_only=True)
-        check(saved["algorithm"] == Learner.__name__, f"{path} is of {saved['algorithm']}.")
-        policy = Policy(saved["task"], Args(**saved["args"] | flags)).to(device).eval()
-        of_policy = {k: v for k, v in saved["learner"].items() if k.startswith("policy.")}
-        policy.load_state_dict({k[7:]: v for k, v in of_policy.items()})
-    policy.saved, policy.folder = saved, path.parent
+        kept = torch.load(path, map_location=device, weights_only=True)
+        check(kept["algorithm"] == Learner.__name__, f"{path} is of {kept['algorithm']}.")
+        policy = Policy(kept["task"], Args(**kept["args"] | flags)).to(device).eval()
+        policy.load_state_dict({k[7:]: v for k, v in kept["learner"].items() if "policy." in k[:7]})
+    policy.saved, policy.folder = kept, path.parent
     return policy
 
 
@@ -571,9 +567,8 @@ def train(args: Args) -> list[dict[str, float]]:
 
     def save():
         state = {"algorithm": Learner.__name__, "args": asdict(args), "task": task, "step": step}
-        state |= {"seconds": time.time() - began, "history": history}
-        state |= {"learner": learner.state_dict()}
-        state |= {"optimizers": [optimizer.state_dict()["state"] for optimizer in optimizers]}
+        state |= {"seconds": time.time() - began, "learner": learner.state_dict()}
+        state |= {"optimizers": [x.state_dict()["state"] for x in optimizers], "history": history}
         state |= {"rng": [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda)]}
         torch.save(state, folder / "checkpoint.tmp")
         (folder / "checkpoint.tmp").replace(checkpoint)  # at once: a crash leaves the old one
@@ -581,7 +576,7 @@ def train(args: Args) -> list[dict[str, float]]:
     def interrupt(*_):  # heard between two updates; a second one stops at once
         interrupted.append(1) if not interrupted else sys.exit(1)
 
-    interrupted, metrics = [], {}
+    interrupted, metrics, row = [], {}, history[-1] if history else {"step": 0}
     handlers = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     fast = functools.cache(graphed if cuda and args.cuda_graph else lambda update: update)
     began, said = time.time() - seconds, time.time()
@@ -591,10 +586,8 @@ def train(args: Args) -> list[dict[str, float]]:
             metrics |= {k: v.detach() for k, v in fast(learner.phase(step))().items()}
             bar.update()
         last, stop = step == args.steps, bool(interrupted)
-        evaluates = args.eval_every and (step % args.eval_every == 0 or last)
-        evaluates = evaluates and step > (history[-1]["step"] if history else 0)
-        saves = args.save_every and step % args.save_every == 0
-        saves = saves or evaluates or last or stop or step == 0
+        evaluates = args.eval_every and (last or step % args.eval_every == 0) and step > row["step"]
+        saves = evaluates or last or stop or step % (args.save_every or math.inf) == 0
         speed = (step - start) / (time.time() - began - seconds + 1e-9)
         left = tqdm.format_interval((args.steps - step) / (speed + 1e-9))
         if bar.disable and time.time() - said > 30:

@@ -562,6 +562,11 @@ def test_observations_of_other_kinds_are_refused(elsewhere):
     assert "mine/goal-v0" in said and "Discrete(3)" in said
 
 
+def test_dictionaries_with_a_discrete_part_are_refused(elsewhere):
+    space = gym.spaces.Dict({"where": gym.spaces.Discrete(3)})
+    assert "mine/goal-v0" in refusal(minari_of(space, {"where": np.zeros(21, np.int64)}))
+
+
 @pytest.mark.parametrize("name", ["no-such-data", "no-such.hdf5", "folder/none.npz", "tiny-v0"])
 def test_an_unknown_name_lists_what_exists_and_asks_no_network(name, elsewhere, monkeypatch):
     monkeypatch.setattr(bc.minari, "load_dataset", None)
