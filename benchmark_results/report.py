@@ -21,7 +21,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -206,12 +206,12 @@ def tables(runs: list[Run]) -> str:
     return "\n".join(table(group) for _, group in sizes(runs))
 
 
-def side_by_side(runs: list[Run]) -> str:
-    """A row per data set, a column per file of ours: `final` of the runs with the same steps."""
+def side_by_side(runs: list[Run], names: list[str] = FILES) -> str:
+    """A row per data set, a column per algorithm: `final` of the runs with the same steps."""
     cells = dict(grouped(runs))
-    counts = [steps for _, name, steps in cells if name in FILES]
+    counts = [steps for _, name, steps in cells if name in names]
     steps = max(set(counts), key=counts.count, default=0)  # the common number; others stay out
-    names = [name for name in FILES if any(key[1:] == (name, steps) for key in cells)]
+    names = [name for name in names if any(key[1:] == (name, steps) for key in cells)]
     rows = []
     for dataset in sorted({key[0] for key in cells}):
         groups = [cells.get((dataset, name, steps), []) for name in names]
@@ -221,16 +221,29 @@ def side_by_side(runs: list[Run]) -> str:
     return markdown([f"{steps:,} steps", *names], 1, rows)
 
 
-def every_file(runs: list[Run]) -> str:
-    """A row per file of ours, a column per data set that three seeds of several files were run on:
+def at_equal_steps(runs: list[Run], steps: int = 60_000, every: int = 10_000) -> list[Run]:
+    """Runs on the data that A2PO was run on, cut at so many steps, with an evaluation every so many
+    others: what was run for longer, or judged more often, becomes comparable."""
+    found = []
+    for run in runs:
+        kept = (run.steps <= steps) & (run.steps % every == 0)
+        if kept.sum() == steps // every:
+            values = dict(steps=run.steps[kept], scores=run.scores[kept], minutes=math.nan)
+            found.append(replace(run, **values, returns=run.returns[kept]))
+    datasets = {run.dataset for run in found if run.algorithm == "a2po"}
+    return [run for run in found if run.dataset in datasets]
+
+
+def every_file(runs: list[Run], names: list[str] = FILES) -> str:
+    """A row per algorithm, a column per data set that three seeds of several files were run on:
     the last evaluation. Steps are those of a file's shortest run; its other runs are cut there. A
     table for each number of steps."""
-    seeds = Counter((run.algorithm, run.dataset) for run in runs if run.algorithm in FILES)
+    seeds = Counter((run.algorithm, run.dataset) for run in runs if run.algorithm in names)
     cells = sorted(cell for cell, number in seeds.items() if number >= 3)
     files = Counter(dataset for _, dataset in cells)
     datasets = sorted(dataset for dataset, number in files.items() if number > 1)
     rows = defaultdict(list)
-    for name in FILES:
+    for name in names:
         shown = [dataset for dataset in datasets if (name, dataset) in cells]
         found = [run for run in runs if run.algorithm == name and run.dataset in shown]
         if found:
@@ -245,11 +258,9 @@ def every_file(runs: list[Run]) -> str:
 
 
 def with_long(short: list[Run], long: list[Run]) -> list[Run]:
-    """Where a file has no short run on a data set of the short runs: its long ones."""
-    datasets = {run.dataset for run in short}
+    """Where an algorithm has no short run on a data set: its long ones."""
     there = {(run.algorithm, run.dataset) for run in short}
-    more = [run for run in long if (run.algorithm, run.dataset) not in there]
-    return short + [run for run in more if run.dataset in datasets]
+    return short + [run for run in long if (run.algorithm, run.dataset) not in there]
 
 
 def against_corl(runs: list[Run]) -> str:
@@ -400,7 +411,8 @@ def curve(group: list[Run], timed: bool, scored: bool) -> tuple[np.ndarray, np.n
 def plot(runs: list[Run], path: Path, unit: str, palette: dict, timed: bool = False) -> None:
     """A panel per data set, a curve per algorithm: mean over seeds and its 95 % interval."""
     datasets = sorted({run.dataset for run in runs})
-    columns, rows = min(3, len(datasets)), math.ceil(len(datasets) / 3)
+    columns = 2 if len(datasets) == 4 else min(3, len(datasets))
+    rows = math.ceil(len(datasets) / columns)
     scored = all(run.scored for run in runs)
     size, options = (4.5 * columns, 3.4 * rows + 0.4), dict(sharey=scored, layout="constrained")
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
@@ -485,21 +497,24 @@ def ours() -> str:
     readme = FOLDER.parent / "README.md"
     offline = [run for run in runs if run.algorithm not in ONLINE]
     online = [run for run in runs if run.algorithm in ONLINE]
-    text = f"# Results\n\n{tables(offline)}\n## Together\n\n{aggregate(offline)}\n"
+    equal = at_equal_steps(with_long(read_runs("study"), offline))
+    text = f"# Results\n\n{tables(offline)}\n## At equal steps\n\n"
+    text += f"{side_by_side(equal)}\n{aggregate(equal)}\n"
     text += "![curves](curves.png)\n\n## Beside other code and other flags\n\n"
     text += f"![curves](beside.png)\n\n## Behind the data sets\n\n{tables(online)}\n"
     (FOLDER / "results.md").write_text(text + "![curves of SAC](sac.png)\n")
     write_csv(runs, FOLDER / "results.csv")
-    insert(readme, "results", side_by_side(offline))
+    insert(readme, "results", side_by_side(equal))
     page = FOLDER.parent / "docs" / "results.md"
-    insert(page, "together", aggregate(offline))
+    insert(page, "together", f"{side_by_side(equal)}\n{aggregate(equal)}")
     insert(page, "calibration", calibration_table())
-    insert(page, "short", side_by_side(short))
-    insert(page, "every", every_file(with_long(short, offline)))
+    names = sorted([*FILES, "a2po_one_sigma"])  # its few steps are of A2PO with the paper's ξ
+    insert(page, "short", side_by_side(short, names))
+    here = {run.dataset for run in short}
+    long = [run for run in offline if run.dataset in here]
+    insert(page, "every", every_file(with_long(short, long), names))
     insert(page, "corl", against_corl(runs + short))
-    own, thousands = [run for run in offline if run.algorithm in FILES], "steps (thousands)"
-    long = {run.dataset for run in own if run.steps[-1] >= 100_000}  # others are in the table only
-    own = [run for run in own if run.dataset in long]
+    own, thousands = [run for run in equal if run.algorithm in FILES], "steps (thousands)"
     plot(own, FOLDER / "curves.png", f"gradient {thousands}", palette)
     plot(beside(offline), FOLDER / "beside.png", f"gradient {thousands}", palette)
     plot([run for run in online if run.algorithm == "sac"], FOLDER / "sac.png", thousands, palette)

@@ -25,6 +25,7 @@ from units import (
 )
 
 a2po = load("a2po")
+ONE_SIGMA = dict(xi_norm="running", xi_critic="min", layer_norm=False)
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +142,7 @@ def test_critics_and_value_regress_on_the_value_of_the_best_condition(scale, xi_
     v, *size = agent.v(s).split(1, dim=1)
     value = (v - y).square().mean()
     if xi_norm == "local":  # the value's second output is the size of the advantages
-        error = torch.minimum(q[0], q[1]).detach() - v.detach()
+        error = (0.5 * (q[0] + q[1]) - v).detach()
         value = value + (1.25 * F.softplus(size[0]) + 1e-3 - 1.25 * error.abs()).square().mean()
     wanted_v = gradient_of(value, agent.v)
     torch.manual_seed(1)
@@ -154,7 +155,7 @@ def test_critics_and_value_regress_on_the_value_of_the_best_condition(scale, xi_
 @pytest.mark.parametrize("d", [0.0, 1.0])
 def test_target_is_masked_by_terminals_alone(d):
     """y = r + γ (1 - d) min Q', read from the losses of critics that say 0."""
-    agent = learner(a2po, gamma=0.9)
+    agent = learner(a2po, gamma=0.9, xi_norm="running")  # no σ(s) in the loss
     constant_critic(agent.critic, 0, 0)
     constant_critic(agent.critic_target, 5, 3)
     constant_net(agent.v, 0.0)
@@ -193,7 +194,7 @@ def test_critics_learn_the_value_of_a_loop():
     for _ in range(200):
         agent.update_critic(*batch(agent))
         agent.update_targets()
-    q, v = agent.critic(*batch(agent)[:2]), agent.v(zeros)
+    q, v = agent.critic(*batch(agent)[:2]), agent.v(zeros)[:, :1]
     torch.testing.assert_close(q, torch.full_like(q, 2), atol=0.1, rtol=0)
     torch.testing.assert_close(v, torch.full_like(v, 2), atol=0.1, rtol=0)
 
@@ -208,7 +209,7 @@ def test_v_is_the_mean_of_q_over_the_datas_actions():
         _, xi = agent.update_critic(*batch(agent))
     s, a, r, *_ = batch(agent)
     assert (agent.critic(s, a) - r).abs().max() < 0.1
-    assert agent.v(s).abs().max() < 0.1
+    assert agent.v(s)[:, :1].abs().max() < 0.1
     assert xi[better].min() > 0.8 and -0.9 < xi[~better].max() < -0.2  # by the advantage, graded
 
 
@@ -287,7 +288,7 @@ def test_sigma_is_that_of_the_state():
 
 def test_running_sigma_is_the_standard_deviation_of_the_advantage():
     """It is in the checkpoint, an update moves it by 1 %, and a validation does not."""
-    agent = learner(a2po, learning_rate=0.0)
+    agent = learner(a2po, learning_rate=0.0, **ONE_SIGMA)
     assert agent.state_dict()["sigma_a"] == 1
     s, a, *_ = batch(agent)
     agent.critic.biases[-1].data[0] += 0.1 * torch.randn(())  # either critic is the smaller one
@@ -312,7 +313,7 @@ def test_running_sigma_is_the_standard_deviation_of_the_advantage():
 def settled_condition(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """ξ once σ_A has settled, with critics and V multiplied by `scale`."""
     torch.manual_seed(0)
-    agent = learner(a2po, learning_rate=0.0)
+    agent = learner(a2po, learning_rate=0.0, **ONE_SIGMA)
     for last in (agent.critic.weights[-1], agent.critic.biases[-1], *agent.v[-1].parameters()):
         last.data *= scale
     s, a, *_ = batch(agent)
@@ -345,7 +346,7 @@ def test_condition_takes_the_critic_asked_for(critic):
 def test_condition_is_that_of_the_critics_before_their_step():
     agent = learner(a2po, xi_norm="none", learning_rate=0.1)
     s, a, *_ = batch(agent)
-    wanted = torch.tanh(agent.critic(s, a).amin(0) - agent.v(s))
+    wanted = torch.tanh(agent.critic(s, a).mean(0) - agent.v(s))
     _, xi = agent.update_critic(*batch(agent))
     torch.testing.assert_close(xi, wanted)
 
@@ -428,13 +429,13 @@ def test_validation_says_how_far_the_latent_moves_the_action():
     agent = learner(a2po, policy_noise=0.0)
     rows = data()
     s, a, r, s_next, d = agent.columns(rows)
-    metrics, advantage, _ = agent.critic_loss(s, a, r, s_next, d)
+    metrics, advantage, sigma = agent.critic_loss(s, a, r, s_next, d)
     seen, losses = [], agent.cvae_losses
     agent.cvae_losses = lambda *given: seen.append(given) or losses(*given)
     found = agent.validate(rows)
     assert set(found) == {"critic", "reconstruction", "kl", "spread_over_z"}
     torch.testing.assert_close(found["critic"], metrics["losses/critic"])
-    for one, other in zip(seen[0], (s, a, torch.tanh(advantage / agent.sigma_a))):
+    for one, other in zip(seen[0], (s, a, torch.tanh(advantage / sigma))):
         torch.testing.assert_close(one, other)
     torch.testing.assert_close(found["kl"], losses(*seen[0])[1].mean())
     first = agent.policy.decoder[0].weight.data
@@ -514,7 +515,7 @@ def test_a_batch_keeps_its_rows_together():
     """CVAE and actor get the states, the actions and the conditions of the same transitions."""
     agent = learner(a2po, xi_norm="none", learning_rate=0.0, batch_size=32)
     s, a, *_ = rows = batch(agent)
-    xi = torch.tanh(agent.critic(s, a).amin(0) - agent.v(s)).detach()
+    xi = torch.tanh(agent.critic(s, a).mean(0) - agent.v(s)).detach()
     seen = {}
     for name in ("update_critic", "update_cvae", "update_actor"):
         method = getattr(agent, name)
@@ -588,6 +589,7 @@ def test_official_flags_saturate_the_condition():
     """Rewards in the hundreds and no normalisation make ξ a sign; the defaults keep it graded."""
     share = []
     official = dict(reward_scale=100.0, xi_norm="none", xi_critic="q1", kl_weight=1.0)
+    official |= dict(layer_norm=False)
     for flags in (official, {}):
         xi = bandit(600, **flags)[1]["advantage/xi"]
         share.append((xi.abs() > 0.99).float().mean().item())

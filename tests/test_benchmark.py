@@ -610,8 +610,12 @@ def test_ours_is_what_the_pages_show(report):
     shown = (ROOT / "benchmark_results/results.md").read_text()
     for line in report.tables(runs).splitlines():
         assert line in shown
-    assert report.side_by_side(runs) in (ROOT / "README.md").read_text()
-    assert report.side_by_side(report.read_runs("short")) in (ROOT / "docs/results.md").read_text()
+    equal = report.at_equal_steps(report.with_long(report.read_runs("study"), runs))
+    assert report.side_by_side(equal) in (ROOT / "README.md").read_text()
+    short = report.side_by_side(
+        report.read_runs("short"), sorted([*report.FILES, "a2po_one_sigma"])
+    )
+    assert short in (ROOT / "docs/results.md").read_text()
 
 
 def test_help_of_the_report(report):
@@ -668,7 +672,21 @@ def test_report_cuts_every_file_where_its_shortest_run_ends(report):
     short = [run("bc", "x", 0, 10), run("iql", "y", 0, 10)]
     long = [run(name, d, 0, 90) for name in ("bc", "iql") for d in "xz"]
     more = [run for run in report.with_long(short, long) if run not in short]
-    assert [(run.algorithm, run.dataset, run.steps[-1]) for run in more] == [("iql", "x", 90)]
+    shown = [(run.algorithm, run.dataset, run.steps[-1]) for run in more]
+    assert shown == [("bc", "z", 90), ("iql", "x", 90), ("iql", "z", 90)]
+
+
+def test_report_cuts_runs_at_equal_steps(report):
+    def run(name, dataset, last, every):
+        at = np.arange(every, last + 1, every)  # the score at a step is the step
+        return report.Run(name, dataset, "0", at, at * 1.0, 1.0, at * 2.0)
+
+    runs = [run("a2po", "x", 40, 5), run("bc", "x", 60, 10), run("iql", "x", 30, 10)]
+    runs += [run("bc", "y", 60, 10), run("td3_bc", "x", 60, 20)]  # a2po is not there; too seldom
+    cut = report.at_equal_steps(runs, steps=40, every=10)
+    assert [(run.algorithm, run.dataset) for run in cut] == [("a2po", "x"), ("bc", "x")]
+    assert all(run.steps.tolist() == [10, 20, 30, 40] for run in cut)
+    assert cut[0].returns.tolist() == [20, 40, 60, 80] and cut[1].final == 25
 
 
 # ----------------------------------------------------------------------------------- The clock

@@ -27,13 +27,14 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
 FLAGS = dict(steps=4000, eval_every=1000, hidden_dim=64, batch_size=128, learning_rate=1e-3)
 FLAGS |= dict(gamma=0.97, tau=0.01, eval_episodes=20, validation_fraction=0.0, device="cpu")
-A2PO, LOCAL = dict(cvae_dim=64), dict(xi_norm="local", xi_critic="mean", layer_norm=True)
+DEFAULT = dict(cvae_dim=64)
+A2PO = DEFAULT | dict(xi_norm="running", xi_critic="min", layer_norm=False)  # the paper's ξ
 VERSIONS = {  # name: file, flags
     "a2po": ("a2po", A2PO),
     "td3_bc": ("td3_bc", {}),
     "td3_bc long": ("td3_bc", dict(steps=12_000, eval_every=4000)),
     "iql": ("iql", {}),
-    "a2po local": ("a2po", A2PO | LOCAL),
+    "a2po local": ("a2po", DEFAULT),
     "iql 0": ("iql", dict(beta=0.0)),
     "iql 0.3": ("iql", dict(beta=0.3)),
     "iql 1": ("iql", dict(beta=1.0)),
@@ -338,7 +339,7 @@ def tables(found: dict) -> None:
     lines = [["", "all states", "upright", "elsewhere"]]
     kinds = [("a2po", "xi", keys["xi"]), ("a2po", "q", keys["q"])]
     kinds += [
-        ("a2po local", "xi", "ξ, σ of each state"),
+        ("a2po local", "xi", "ξ, by σ(s)"),
         ("a2po local", "advantage", "its $Q - V$"),
     ]
     for version, key, label in kinds:

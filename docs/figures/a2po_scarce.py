@@ -25,18 +25,18 @@ import tyro
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
 DATASET = "hopper-random-expert-10"
-LOCAL = dict(xi_norm="local", xi_critic="mean", layer_norm=True)
-VERSIONS = {"one": ("one σ for all states", {}), "local": ("σ of each state", LOCAL)}
+ONE = dict(xi_norm="running", xi_critic="min", layer_norm=False)
+VERSIONS = {"one": ("one σ for all states", ONE), "local": ("σ of each state", {})}
 EDGES = np.linspace(-1, 1, 41)
 ASKED = (-1.0, -0.5, 0.0, 0.5, 1.0)
 LINES = {  # folder of benchmark_results/study: label, colour if it is drawn
-    "a2po_local": ("A2PO, σ(s), mean critic, LayerNorm", "C0"),
-    "a2po": ("A2PO, defaults", "C1"),
-    "a2po_one_sigma": ("without σ(s)", "C2"),
+    "a2po": ("A2PO", "C0"),
+    "a2po_no_local": ("without σ(s)", "C2"),
     "a2po_no_layer_norm": ("without LayerNorm", "C4"),
-    "a2po_only_local": ("σ(s) alone", None),
-    "a2po_only_mean": ("mean critic alone", None),
-    "a2po_only_layer_norm": ("LayerNorm alone", None),
+    "a2po_one_sigma": ("one σ, smaller critic, no LayerNorm", "C1"),
+    "a2po_only_local": ("of these three σ(s) alone", None),
+    "a2po_only_mean": ("of these three the mean alone", None),
+    "a2po_only_layer_norm": ("of these three LayerNorm alone", None),
     "td3_bc": ("TD3+BC", "0.3"),
     "iql": ("IQL", "0.65"),
 }

@@ -25,7 +25,7 @@ FOLDER = Path(__file__).resolve().parent
 FLAGS = dict(dataset="pendulum-random-expert-10", steps=4000, eval_every=1000, hidden_dim=128)
 FLAGS |= dict(cvae_dim=128, learning_rate=1e-3, gamma=0.97, tau=0.01, device="cpu")
 FLAGS |= dict(eval_episodes=20, eval_xi=(-1.0, 0.0))
-LOCAL = dict(xi_norm="local", xi_critic="mean", layer_norm=True)
+ONE = dict(xi_norm="running", xi_critic="min")
 SHIPPED = {"as shipped": {}}
 QUESTIONS = {  # question: {version: flags}; noise and shuffled are no flags of the file
     "condition": SHIPPED
@@ -36,9 +36,9 @@ QUESTIONS = {  # question: {version: flags}; noise and shuffled are no flags of 
     },
     "sigma": SHIPPED
     | {
-        "σ of each state": dict(xi_norm="local"),
-        "LayerNorm": dict(layer_norm=True),
-        "σ of each state, mean critic, LayerNorm": LOCAL,
+        "the smaller critic, no LayerNorm": dict(xi_critic="min", layer_norm=False),
+        "one σ, the smaller critic": ONE,
+        "one σ, the smaller critic, no LayerNorm": ONE | dict(layer_norm=False),
     },
     "noise": SHIPPED
     | {
@@ -97,7 +97,7 @@ def train(flags: dict, seed: int, runs: str) -> dict[str, str]:
         condition = a2po.A2PO.condition
 
         def changed(self, advantage, sigma):
-            advantage = advantage + noise * self.sigma_a * torch.randn_like(advantage)
+            advantage = advantage + noise * sigma * torch.randn_like(advantage)
             xi = condition(self, advantage, sigma)
             return xi[torch.randperm(len(xi))] if shuffled else xi
 
