@@ -1,9 +1,8 @@
 """The film at the top of README.md: one trained A2PO policy, asked for three conditions.
 
-    python algorithms/a2po.py --dataset hopper-medium-replay --steps 30000 --eval-xi -1 0 \\
-        --matmul-precision medium
-    MUJOCO_GL=osmesa python docs/figures/conditions.py \\
-        --checkpoint runs/a2po/hopper-medium-replay/seed0
+    python datasets/make.py hopper-random-medium-expert
+    python algorithms/a2po.py --dataset hopper-random-medium-expert --steps 20000
+    MUJOCO_GL=osmesa python docs/figures/conditions.py
 
 Writes docs/assets/conditions.gif. MuJoCo draws it without a screen: MUJOCO_GL=egl with a GPU,
 MUJOCO_GL=osmesa without one (on Debian `apt install libosmesa6`).
@@ -29,7 +28,7 @@ RATE = 125  # Hopper's steps per second
 class Args:
     """Draws one policy at three conditions, side by side, in real time."""
 
-    checkpoint: str = "runs/a2po/hopper-medium-replay/seed0"  # of algorithms/a2po.py on Hopper
+    checkpoint: str = "runs/a2po/hopper-random-medium-expert/seed0"  # on Hopper
     xi: tuple[float, ...] = (-1.0, 0.0, 1.0)  # the conditions to ask for
     seed: int = 0  # of the start, the same for all
     seconds: float = 5.0  # of the film
