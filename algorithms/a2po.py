@@ -19,7 +19,8 @@ but does not see the action, so Q - V is the logged action's advantage over the 
     python algorithms/a2po.py --dataset hopper-random-medium-expert --steps 100000 --eval-xi -1 0
 
 Measured: scores at the end (TD3+BC), 60,000 steps, three seeds: hopper-random-expert-10 84.9 (23.4),
-hopper-random-medium-expert 92.3 (53.6), hopper-medium-replay 51.8 (22.2; 100,000 steps: XX, 81.3).
+hopper-random-medium-expert 92.3 (53.6), hopper-medium-replay 51.8 (22.2), after 100,000 steps 63.3
+(two seeds; 81.3).
 
 Differs from the paper / official code, which is `--tau 0.005 --cvae-dim 750 --reward-scale 100
 --xi-norm none --xi-critic q1 --no-layer-norm --kl-weight 1 --cvae-min-steps 0`:
