@@ -18,13 +18,12 @@ but does not see the action, so Q - V is the logged action's advantage over the 
     python algorithms/a2po.py --dataset hopper-medium-replay
     python algorithms/a2po.py --dataset hopper-random-medium-expert --steps 100000 --eval-xi -1 0
 
-Measured: scores at the end (TD3+BC), 60,000 steps, three seeds: hopper-random-expert-10 84.9 (23.4),
-hopper-random-medium-expert 92.3 (53.6), hopper-medium-replay 51.8 (22.2), after 100,000 steps 63.3
-(two seeds; 81.3).
+Measured: scores at the end (TD3+BC) on Hopper, 60,000 steps, three seeds: random-expert-10 84.9
+(23.4), random-medium-expert 92.3 (53.6), medium-replay 51.8 (22.2; at 100,000 63.3 of two, 81.3).
 
 Differs from the paper / official code, which is `--tau 0.005 --cvae-dim 750 --reward-scale 100
 --xi-norm none --xi-critic q1 --no-layer-norm --kl-weight 1 --cvae-min-steps 0`:
-- τ is 0.02: with it values travel back fast enough for runs of 20,000 steps.
+- τ is 0.02, not 0.005: in a run of 20,000 steps values have to travel back fast.
 - The code has rewards times 100, the paper does not: Q - V is in the hundreds, ξ is a sign. Here
   σ(s), the advantage's standard deviation in each state, keeps ξ graded; the paper has no σ.
 - ξ takes the critics' mean (the paper: min_i Q_i, the code: Q_1), and they have LayerNorm. With one
