@@ -34,6 +34,7 @@ from scipy.stats import bootstrap
 
 matplotlib.use("Agg")
 ONLINE = ("sac", "sac_offline")  # behind the data sets; not compared with the rest
+FAST = "td3_bc_tau_0.02"  # TD3+BC with A2PO's speed of the target networks: what τ alone does
 FOLDER = Path(__file__).resolve().parent
 CALIBRATION = FOLDER.parent / "tests" / "calibration"
 FILES = sorted(path.stem for path in (FOLDER.parent / "algorithms").glob("*.py"))
@@ -499,14 +500,15 @@ def ours() -> str:
     online = [run for run in runs if run.algorithm in ONLINE]
     equal = at_equal_steps(with_long(read_runs("study"), offline))
     text = f"# Results\n\n{tables(offline)}\n## At equal steps\n\n"
-    text += f"{side_by_side(equal)}\n{aggregate(equal)}\n"
+    names = sorted([*FILES, FAST])
+    text += f"{side_by_side(equal, names)}\n{aggregate(equal)}\n"
     text += "![curves](curves.png)\n\n## Beside other code and other flags\n\n"
     text += f"![curves](beside.png)\n\n## Behind the data sets\n\n{tables(online)}\n"
     (FOLDER / "results.md").write_text(text + "![curves of SAC](sac.png)\n")
     write_csv(runs, FOLDER / "results.csv")
-    insert(readme, "results", side_by_side(equal))
+    insert(readme, "results", side_by_side(equal, names))
     page = FOLDER.parent / "docs" / "results.md"
-    insert(page, "together", f"{side_by_side(equal)}\n{aggregate(equal)}")
+    insert(page, "together", f"{side_by_side(equal, names)}\n{aggregate(equal)}")
     insert(page, "calibration", calibration_table())
     names = sorted([*FILES, "a2po_one_sigma"])  # its few steps are of A2PO with the paper's ξ
     insert(page, "short", side_by_side(short, names))
@@ -514,7 +516,7 @@ def ours() -> str:
     long = [run for run in offline if run.dataset in here]
     insert(page, "every", every_file(with_long(short, long), names))
     insert(page, "corl", against_corl(runs + short))
-    own, thousands = [run for run in equal if run.algorithm in FILES], "steps (thousands)"
+    own, thousands = [run for run in equal if run.algorithm in (*FILES, FAST)], "steps (thousands)"
     plot(own, FOLDER / "curves.png", f"gradient {thousands}", palette)
     plot(beside(offline), FOLDER / "beside.png", f"gradient {thousands}", palette)
     plot([run for run in online if run.algorithm == "sac"], FOLDER / "sac.png", thousands, palette)

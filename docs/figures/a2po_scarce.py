@@ -38,6 +38,7 @@ LINES = {  # folder of benchmark_results/study: label, colour if it is drawn
     "a2po_only_mean": ("of these three the mean alone", None),
     "a2po_only_layer_norm": ("of these three LayerNorm alone", None),
     "td3_bc": ("TD3+BC", "0.3"),
+    "td3_bc_tau_0.02": ("TD3+BC with A2PO's τ", "C3"),
     "iql": ("IQL", "0.65"),
 }
 STEPS = np.arange(10_000, 60_001, 10_000)
