@@ -499,10 +499,8 @@ def ours() -> str:
     offline = [run for run in runs if run.algorithm not in ONLINE]
     online = [run for run in runs if run.algorithm in ONLINE]
     equal = at_equal_steps(with_long(read_runs("study"), offline))
-    text = f"# Results\n\n{tables(offline)}\n## At equal steps\n\n"
     names = sorted([*FILES, FAST])
-    text += f"{side_by_side(equal, names)}\n{aggregate(equal)}\n"
-    text += "![curves](curves.png)\n\n## Beside other code and other flags\n\n"
+    text = f"# Results\n\n{tables(offline)}\n## Beside other code and other flags\n\n"
     text += f"![curves](beside.png)\n\n## Behind the data sets\n\n{tables(online)}\n"
     (FOLDER / "results.md").write_text(text + "![curves of SAC](sac.png)\n")
     write_csv(runs, FOLDER / "results.csv")

@@ -34,16 +34,20 @@ LINES = {  # folder of benchmark_results/study: label, colour if it is drawn
     "a2po_no_local": ("without σ(s)", "C2"),
     "a2po_no_layer_norm": ("without LayerNorm", "C4"),
     "a2po_one_sigma": ("one σ, smaller critic, no LayerNorm", "C1"),
-    "a2po_only_local": ("of these three σ(s) alone", None),
-    "a2po_only_mean": ("of these three the mean alone", None),
-    "a2po_only_layer_norm": ("of these three LayerNorm alone", None),
+    "a2po_only_local": ("only σ(s)", None),
+    "a2po_only_mean": ("only the mean critic", None),
+    "a2po_only_layer_norm": ("only LayerNorm", None),
     "td3_bc": ("TD3+BC", "0.3"),
     "td3_bc_tau_0.02": ("TD3+BC with A2PO's τ", "C3"),
     "iql": ("IQL", "0.65"),
 }
 STEPS = np.arange(10_000, 60_001, 10_000)
-TASKS = ("hopper-random-expert-10", "walker2d-random-expert-10")
-TASKS += ("hopper-random-medium-expert", "hopper-medium-replay")
+TASKS = {  # data set: heading of the table
+    "hopper-random-expert-10": "Hopper, a tenth expert",
+    "walker2d-random-expert-10": "Walker2d, a tenth expert",
+    "hopper-random-medium-expert": "Hopper, a third each",
+    "hopper-medium-replay": "Hopper, replay",
+}
 
 
 @dataclass
@@ -146,7 +150,7 @@ def draw_curves() -> None:
 
 def write_table() -> None:
     """Mean of the last five evaluations, over seeds and of each."""
-    lines = ["| | " + " | ".join(f"`{dataset}`" for dataset in TASKS) + " |"]
+    lines = ["| | " + " | ".join(TASKS.values()) + " |"]
     lines.append("|---|" + "--:|" * len(TASKS))
     for name, (label, _) in LINES.items():
         cells = []

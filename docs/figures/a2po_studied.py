@@ -13,6 +13,7 @@ import csv
 import importlib.util
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,7 +140,7 @@ def draw(questions, ends: dict) -> None:
                 axis.plot(
                     [i] * len(values), values, "o", ms=4, alpha=0.6, color=colour, label=label
                 )
-        names = [name.replace(", ", ",\n").replace(" in ", "\nin ") for name in QUESTIONS[question]]
+        names = [textwrap.fill(name, 15) for name in QUESTIONS[question]]
         axis.set_xticks(range(len(names)), names, fontsize=7.5)
         axis.set(title=question, xlim=(-0.5, len(names) - 0.5))
         axis.grid(alpha=0.3)
