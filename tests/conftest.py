@@ -36,6 +36,7 @@ TINY_EXTRA = {
     "trajectory_stitching": dict(model_steps=10, model_dim=16, ensemble=2, latent_dim=2),
     "decision_transformer": dict(layers=2, context=4, warmup_steps=10),
     "gciql": dict(hidden_layers=2),
+    "hiql": dict(hidden_layers=2, subgoal_steps=3),
     "gan_irl": dict(discriminator_steps=10),
     "dwbc": dict(discriminator_every=2),
     "pi0": dict(layers=1, heads=2, head_dim=8, action_dim=8, chunk=3, execute=2, flow_steps=2)

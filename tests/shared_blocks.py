@@ -19,7 +19,15 @@ BLOCKS = {
         r"    # The run: the same flags in every file\.\n.*?capture_video.*?\n",
         ALL,
     ),
-    "mlp": ("bc.py", r"def mlp\(.*?\n\n\n", ALL, "diffuser.py", "diffusion_ql.py", "gciql.py"),
+    "mlp": (
+        "bc.py",
+        r"def mlp\(.*?\n\n\n",
+        ALL,
+        "diffuser.py",
+        "diffusion_ql.py",
+        "gciql.py",
+        "hiql.py",
+    ),
     "scaling": ("bc.py", r"class Scaling\(.*?(?=\n\n\n)", ALL),
     "twin critic, one or both": (
         "td3_bc.py",
@@ -63,9 +71,22 @@ BLOCKS = {
         "diffuser.py",
         "trajectory_transformer.py",
         "gciql.py",
+        "hiql.py",
         "pi0.py",
         "rt1.py",
         "rt2.py",
+    ),
+    "evaluation with goals": (
+        "gciql.py",
+        r"def evaluate\(.*?(?=\n\n\ndef )",
+        ("gciql.py", "hiql.py"),
+    ),
+    # What the two with goals have in common.
+    "OGBench's network": ("gciql.py", r"def network\(.*?(?=\n\n\n)", ("gciql.py", "hiql.py")),
+    "hindsight": (
+        "gciql.py",
+        r"    # Hindsight: which.*?(?=    def batch\()",
+        ("gciql.py", "hiql.py"),
     ),
     "evaluation of plans": ("pi0.py", r"def evaluate\(.*?(?=\n\n\ndef )", ("pi0.py", "rt2.py")),
     # What robots have in common.

@@ -27,7 +27,7 @@ ALGORITHM_ENDS |= {"trajectory_stitching": 470, "trajectory_transformer": 390, "
 ALGORITHM_ENDS |= {"transformer_mbrl": 510, "pi0": 430, "rt1": 480, "rt2": 520}
 SHARED_LINES = 414
 # Where a file has its own block.
-OWN_LINES = {"decision_transformer": 5, "sac": 5, "gciql": 10, "s2p": 6}
+OWN_LINES = {"decision_transformer": 5, "sac": 5, "gciql": 10, "hiql": 10, "s2p": 6}
 OWN_LINES |= {"trajectory_transformer": 2, "diffuser": 5}
 OWN_LINES |= {"pi0": 54, "rt1": 60, "rt2": 54}  # pictures, words, LeRobot's data, plans, a memory
 
