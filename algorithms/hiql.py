@@ -52,7 +52,6 @@ import minari
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from gymnasium.envs.registration import EnvSpec
 from torch.utils.tensorboard import SummaryWriter
@@ -144,7 +143,7 @@ class Scaling(nn.Module):
 
 def on_sphere(z):
     """z (B, Z), each of length √Z."""
-    return F.normalize(z, dim=-1) * z.shape[-1] ** 0.5
+    return nn.functional.normalize(z, dim=-1) * z.shape[-1] ** 0.5
 
 
 class Policy(nn.Module):
@@ -323,7 +322,8 @@ class HIQL(nn.Module):
 
     def awr(self, mean, x, A, level):
         """Cloning of x (B, ..), each row weighted by exp(α A), 100 at most."""
-        weight = (getattr(self.args, f"{level}_alpha") * A).exp().clamp(max=100)  # (B, 1)
+        alpha = {"high": self.args.high_alpha, "low": self.args.low_alpha}[level]
+        weight = (alpha * A).exp().clamp(max=100)  # (B, 1)
         log_prob = -0.5 * ((x - mean).square() + math.log(2 * math.pi)).sum(-1, keepdim=True)
         clipped = (weight >= 100).float().mean()
         metrics = {f"advantage/{level}": A, f"advantage/{level}_clipped": clipped}
@@ -338,7 +338,7 @@ class HIQL(nn.Module):
         columns = self.columns(data)
         x = self.batch(columns, torch.arange(len(columns["s"]), device=columns["s"].device))
         a = self.policy.low(x["s"], self.v.phi(x["s"], x["w"]))  # (N, A)
-        return self.losses(**x)[0] | {"mse": F.mse_loss(a, x["a"])}
+        return self.losses(**x)[0] | {"mse": (a - x["a"]).square().mean()}
 
 
 Learner = HIQL  # the name by which the training loop knows it
