@@ -693,7 +693,7 @@ CASES = {
         | {"steps": 2500, "eval_every": 2500, "env_id": "none"},
         "pointmaze-medium-navigate",
         look=leads_around_walls,
-        end=12,
+        end=13,
         ablations={
             "high alpha 0": {"high_alpha": 0.0},  # the subgoals of whoever came to the goal later
             "goal withheld": withhold_goal,
