@@ -389,9 +389,9 @@ def beside(runs: list[Run]) -> list[Run]:
 
 def colours(runs: list[Run]) -> dict[str, str | tuple]:
     """A colour for each algorithm: a file's is the same in every plot of every report."""
-    own = [*plt.colormaps["tab10"].colors, "navy", "maroon", "black", "gold", "teal", "indigo"]
-    own += ["tomato", "yellowgreen", "deeppink", "sienna", "slateblue", "darkkhaki", "cyan", "lime"]
-    own += ["violet", "peru", "darkgreen", "salmon"]
+    own = [*plt.colormaps["tab10"].colors, "navy", "maroon", "black", "skyblue"]
+    own += ["gold", "teal", "indigo", "tomato", "yellowgreen", "deeppink", "sienna", "slateblue"]
+    own += ["darkkhaki", "cyan", "lime", "violet", "peru", "darkgreen", "salmon"]
     found = {name: own[i % len(own)] for i, name in enumerate(FILES)}
     others = plt.colormaps["Dark2"].colors + plt.colormaps["tab20b"].colors
     names = sorted({run.algorithm for run in runs} - set(FILES))
