@@ -282,7 +282,7 @@ def curves(name: str) -> str:
         for path in paths:
             rows = csv.DictReader(path.read_text().splitlines())
             points = [(float(row["step"]), float(row["score"])) for row in rows if row["score"]]
-            if points:
+            if len(points) > 1:  # one point is no curve
                 lines.setdefault(path.parts[-3], []).append(points)
         if lines:
             return drawn(name, lines, folder)
