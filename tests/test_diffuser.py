@@ -506,6 +506,18 @@ def test_acting_deterministically_is_a_function_of_the_observation():
     assert not torch.allclose(policy.act(s)[0], policy.act(s)[0], atol=1e-3)
 
 
+def test_deterministic_plans_of_a_state_are_several():
+    """There is something to choose from; and every state has the same."""
+    policy = planner(plans=3).policy
+    drawn, plans = [], policy.forward
+    policy.forward = lambda x, s, draw: drawn.append(draw(x)) or plans(x, s, draw)
+    policy.act(torch.randn(2, S), deterministic=True)
+    noise = drawn[0].view(2, 3, *policy.shape)  # of two states, three plans each
+    torch.testing.assert_close(noise[0], noise[1])
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.allclose(noise[0, i], noise[0, j], atol=0.1)
+
+
 def test_an_evaluation_keeps_each_episodes_memory(capsys):
     """Episodes end one by one; those that go on follow their own plans."""
 
