@@ -312,6 +312,8 @@ def aggregate(runs: list[Run], against: str = "a2po") -> str:
     is better, with 95 % stratified bootstrap intervals (Agarwal et al. 2021, arXiv:2108.13264). It
     compares the algorithms that have as many steps as that one on all of its data sets, and three
     seeds."""
+    if len({run.algorithm for run in runs}) < 2:
+        return ""
     cells = {cell: group for cell, group in grouped(runs) if len(group) >= 3}
     cells = {cell: group for cell, group in cells.items() if all(run.scored for run in group)}
     if against not in {name for _, name, _ in cells}:  # who is on most data sets, the best of them
@@ -451,7 +453,8 @@ def section(runs: list[Run], out: Path, against: str, palette: dict) -> str:
     stem = size.replace(",", "").replace(" ", "_")
     write_csv(runs, out / f"{stem}.csv")
     text = f"## {size}\n\n{TIME.format(runs[0].budget) + chr(10) if timed else ''}{table(runs)}\n"
-    text += f"### Together\n\n{aggregate(runs, against)}\n"
+    together = aggregate(runs, against)
+    text += f"### Together\n\n{together}\n" if together else ""
     drawn = [run for run in runs if run.scored or np.isfinite(run.returns).all()]
     drawn = [run for run in drawn if run.cpu is not None or not timed]
     if not drawn:
