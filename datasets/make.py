@@ -8,6 +8,7 @@
     python datasets/make.py halfcheetah-pixels
     python datasets/make.py scene-language --demonstrations 5000
     python datasets/make.py scene-questions --pictures 20000
+    python datasets/make.py babyai-gotolocal
     python datasets/make.py hopper-medium --format minari
     python datasets/make.py --mix hopper-random:0.9,hopper-expert:0.1 --name hopper-random-expert-10
 
@@ -51,7 +52,7 @@ from tqdm import tqdm
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent / "algorithms"))
-sys.path.append(str(FOLDER))  # for ant, goals, environments, pixels and scene
+sys.path.append(str(FOLDER))  # for ant, babyai, goals, environments, pixels and scene
 import ant  # noqa: E402
 import sac  # noqa: E402  its policy acts, its table has D4RL's reference returns
 
@@ -112,7 +113,12 @@ SCENE = "scene-language"  # by scene.py, which needs OGBench: an arm, instructed
 
 ASKED = "scene-questions"  # by scene.py too: pictures, questions and answers; no transitions
 
-KNOWN = [*OURS, *GOALS, *REWARDED, PIXELS, SCENE, ASKED, *D4RL]
+# By babyai.py, which needs minigrid: rooms of things, and instructions about them.
+BABYAI = {f"babyai-{x.lower()}": x for x in ("GoToLocal", "PickupLoc", "PutNextLocal")}
+
+KNOWN = [*OURS, *GOALS, *REWARDED, PIXELS, SCENE, ASKED, *BABYAI, *D4RL]
+
+SUCCESSES = ("ogbench:", "environments:", "scene:", "babyai:")  # modules of environments
 
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 
@@ -137,7 +143,7 @@ class Args:
     """size of the mixture, to within an episode of each part; 0: as much as its parts allow; of a
     maze's or an arm's data: 0 is 100,000, OGBench's own have a million"""
     demonstrations: int = 600
-    """episodes of scene-language"""
+    """episodes of scene-language and of babyai's"""
     pictures: int = 2400
     """pictures of scene-questions"""
     seed: int = 0
@@ -182,7 +188,7 @@ def check_known(name: str) -> None:
             f" -{', -'.join(LEVELS)}; ant-{', ant-'.join(OF_ANT)};"
             f" pendulum-{', pendulum-'.join(DEMONSTRATIONS)}; {', '.join(GOALS)}, each also with"
             f" -singletask or -singletask-task1 to -task5; {PIXELS}; {SCENE}; {ASKED};"
-            f" D4RL's {', '.join(D4RL_TASKS)}, each"
+            f" {', '.join(BABYAI)}; D4RL's {', '.join(D4RL_TASKS)}, each"
             f" with -{'-v2, -'.join(D4RL_LEVELS)}-v2; other mixtures with --mix."
         )
 
@@ -252,7 +258,7 @@ def write(name: str, data: Data, env_id: str, how: str, seconds: float, **attrib
     if "next_observations" in data:
         ends = data["terminals"].astype(bool) | data["timeouts"].astype(bool)
         stored["final_observations"] = data["next_observations"][ends]
-    kinds = dict(terminals=bool, timeouts=bool, sources=np.uint8, task_index=np.uint8)
+    kinds = dict(terminals=bool, timeouts=bool, sources=np.uint8, task_index=np.uint16)
     space, (low, high) = make_env(env_id).action_space, references(env_id)
     with replacing(path_of(name)) as partial, h5py.File(partial, "w") as file:
         for key, values in stored.items():
@@ -341,7 +347,7 @@ def references(env_id: str) -> tuple[float, float]:
     """Returns that score 0 and 100: D4RL's, or else a random and the expert policy's."""
     if known := d4rl_references(env_id):
         return known
-    if env_id.startswith(("ogbench:", "environments:", "scene:")):  # the return is the success
+    if env_id.startswith(SUCCESSES):  # the return is the success
         return 0.0, 1.0
     policies = load_policies(next((x for x in TASKS if TASKS[x][0] == env_id), env_id))
     return policies["random_return"], policies["returns"][str(policies["steps"]["expert"])]
@@ -556,6 +562,8 @@ def make(name: str, args: Args) -> None:
         return make_goals(name, args)
     if name in (PIXELS, SCENE, ASKED):
         return {PIXELS: make_pixels, SCENE: make_scene, ASKED: make_questions}[name](name, args)
+    if name in BABYAI:
+        return make_babyai(name, args)
     if name in BUFFERS or name not in KNOWN:
         how = "ships with the project: git restores it" if name in SHIPPED else "is made by --mix"
         raise SystemExit(f"{name} {how}.")
@@ -651,6 +659,19 @@ def make_scene(name: str, args: Args) -> None:
     images = data.pop("images")
     write(name, data, "scene:SceneLanguage-v0", how, time.time() - began)
     add_images(name, images, instructions=list(scene.INSTRUCTIONS), **scene.sentences())
+
+
+def make_babyai(name: str, args: Args) -> None:
+    """Demonstrations of BabyAI's bot, which is told what to do in a room."""
+    import babyai
+
+    if args.demonstrations < 1:
+        raise SystemExit(f"--demonstrations {args.demonstrations}: 1 or more.")
+    began, level = time.time(), BABYAI[name]
+    data, how = babyai.demonstrations(level, args.demonstrations, args.seed)
+    images, instructions = data.pop("images"), data.pop("instructions")
+    write(name, data, f"babyai:{level}-v0", how, time.time() - began)
+    add_images(name, images, instructions=instructions)
 
 
 def make_questions(name: str, args: Args) -> None:
@@ -873,6 +894,7 @@ def show_list() -> None:
         how = f"policies/{WALKER}.pt, rolled out" if name == "ant-medium" else how
         how = "mixture" if level in MIXTURES or name not in KNOWN else how
         how = "OGBench's recipe" if name in GOALS or name in REWARDED else how
+        how = "babyai.py, demonstrated" if name in BABYAI else how
         how = {PIXELS: "pixels.py, drawn", SCENE: "scene.py, demonstrated"}.get(name, how)
         how = "ships" if name in SHIPPED else "D4RL's, downloaded" if name in D4RL else how
         line = f"{name:34}{how:32}"
@@ -891,7 +913,7 @@ def card_table() -> str:
     head = "data set|transitions|episodes|mean|min|25 %|median|75 %|max|MB|s to make"
     head = f"| {head.replace('|', ' | ')} |\n|---|{'--:|' * 10}\n"
     rows, made = {}, {}  # task -> lines
-    others = {*D4RL, *GOALS, *REWARDED, PIXELS, SCENE}  # these have no policies to compare
+    others = {*D4RL, *GOALS, *REWARDED, PIXELS, SCENE, *BABYAI}  # these have no policies to compare
     for name in [name for name in names_there() if name not in others]:
         data, attributes = read(name)
         _, returns = episodes_of(data)
