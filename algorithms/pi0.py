@@ -15,6 +15,8 @@ cost the expert only.
     t = 0.001 + 0.999 b                b ~ Beta(1.5, 1): more often near the noise
     L   = |v(x_t, t | prefix, state) - (ε - a)|²        over the actions that the episode still has
     acting: x_1 = ε, then ten times x <- x - v(x, t | ...) / 10
+    --rtc:  a robot does not wait for its next chunk. Real-time chunking (Black et al. 2025,
+            arXiv:2506.07339) inpaints it: v bends to where x - t v begins as the old chunk goes on
 
     python algorithms/pi0.py --eval-episodes 48
     python algorithms/pi0.py --steps 600 --decay-steps 600 --warmup-steps 50 --learning-rate 2e-3 \
@@ -29,7 +31,7 @@ Differs from the paper / official code (github.com/Physical-Intelligence/openpi)
 - No PaliGemma: four strided convolutions in SigLIP's place, an embedding of the words of the data
   in Gemma's, both trained from nothing on the demonstrations. Nothing is known of other words.
 - One camera, learned positions (Gemma: rotary), an MLP with ReLU (GeGLU), widths of 128 and 64
-  (2048 and 1024), 3 layers (18), chunks of 10 (50). No real-time chunking.
+  (2048 and 1024), 3 layers (18), chunks of 10 (50).
 - The cosine of the step size ends at a tenth, as theirs, the step size itself is a small model's;
   no average of the weights.
 - Each chunk in a batch is asked about --draws noises at once (one): the prefix is read once.
@@ -75,6 +77,8 @@ class Args:
     head: Literal["flow", "mse", "tokens"] = "flow"  # how actions come out of the action expert
     chunk: int = 10  # H, actions predicted at once
     execute: int = 5  # of them are carried out before the next look
+    delay: int = 0  # actions of the old chunk that are carried out while the new one is made
+    rtc: bool = False  # real-time chunking: the new chunk goes on from the old one
     draws: int = 4  # noises and times of each chunk in a batch, which share one look; official: 1
     flow_steps: int = 10  # Euler steps from noise to actions
     bins: int = 64  # of each action dimension, for --head tokens
@@ -256,13 +260,16 @@ class Network(nn.Module):
 class Policy(nn.Module):
     """A chunk of actions for what is seen and asked for."""
 
-    flags = ("execute", "flow_steps")  # those of acting: --evaluate obeys them
+    flags = ("execute", "flow_steps", "delay", "rtc")  # those of acting: --evaluate obeys them
 
     def __init__(self, task, args):
         super().__init__()
         for flag in "chunk execute draws flow_steps bins layers heads max_words".split():
             check(getattr(args, flag) >= 1, f"--{flag.replace('_', '-')} must be 1 or more.")
         check(args.execute <= args.chunk, f"--execute {args.execute}: --chunk has {args.chunk}.")
+        late = 0 <= args.delay <= min(args.execute, args.chunk - args.execute)
+        check(late, f"--delay {args.delay}: at most --execute, and what --chunk has beyond that.")
+        check(args.head == "flow" or not args.rtc, "--rtc bends a flow: it needs --head flow.")
         check(args.action_dim % 2 == 0, "--action-dim must be even.")
         self.args, self.scaling = args, Scaling(task)
         self.vocabulary, self.action_size = vocabulary(task), task["sizes"][1]
@@ -275,17 +282,38 @@ class Policy(nn.Module):
         rows = [row + [0] * (n - len(row)) for row in numbers]
         return torch.tensor(rows, device=self.scaling.mean.device)
 
-    def decode(self, known, s, noise):
-        """Actions (B, H, A) in [-1, 1] from noise of that size: what the head makes of it."""
+    def decode(self, known, s, noise, rest=None):
+        """Actions (B, H, A) in [-1, 1] from noise of that size: what the head makes of it. With
+        --rtc they go on from the rest (B, H - E, A) of an earlier chunk."""
         args, x, t = self.args, noise, torch.ones_like(noise[:, :1, :1])
+        velocity = self.net if rest is None or not args.rtc else self.continuing(rest)
         if args.head != "flow":  # no noise: the tokens have their positions alone
             x = self.net(known, s, torch.zeros_like(x), t)
             if args.head == "tokens":
                 x = (x.unflatten(-1, (-1, args.bins)).argmax(-1) + 0.5) * 2 / args.bins - 1
             return x
         for i in range(args.flow_steps):
-            x = x - self.net(known, s, x, t * (1 - i / args.flow_steps)) / args.flow_steps
+            x = x - velocity(known, s, x, t * (1 - i / args.flow_steps)) / args.flow_steps
         return x
+
+    def continuing(self, rest):
+        """The velocity for a chunk that begins as the rest (B, H - E, A) of an earlier one."""
+        # The first --delay actions are carried out in any case, the others matter less and less.
+        (B, R, A), H, d = rest.shape, self.args.chunk, self.args.delay
+        weight = (1 + (d - 1 - torch.arange(H, device=rest.device)) / (R - d + 1)).clamp(0, 1)
+        weight = (weight * weight.expm1() / math.expm1(1))[:, None]  # (H, 1)
+        wanted = torch.cat([rest, rest.new_zeros(B, H - R, A)], dim=1)
+
+        @torch.enable_grad()
+        def velocity(known, s, x, t):
+            x = x.detach().requires_grad_()
+            v = self.net(known, s, x, t)
+            a = x - t * v  # where it leads to; how x has to change for that to be what is wanted:
+            (change,) = torch.autograd.grad(a, x, weight * (wanted - a).detach())
+            guidance = ((t**2 + (1 - t) ** 2) / (t * (1 - t))).clamp(max=5)
+            return v.detach() - guidance * change
+
+        return velocity
 
     def look(self, observations):
         """One observation or many -> pictures (N, H, W, 3), words (N, L), states (N, S). Each is a
@@ -298,26 +326,32 @@ class Policy(nn.Module):
         return images, words, self.scaling.state(np.stack([x["state"] for x in many]))
 
     @torch.no_grad()
-    def plan(self, observations, deterministic: bool = False):
+    def go_on(self, observations, memory=None, deterministic: bool = False):
         """The next --execute actions (N, E, A) in the environment's bounds, of one observation
-        (1, E, A). What is drawn is the noise; deterministic: there is none."""
+        (1, E, A), and a memory to hand in with the next ones: what the chunk has beyond. Then the
+        first --delay actions are the old chunk's, carried out while the new one is made."""
         images, words, s = self.look(observations)
+        E, d, rest = self.args.execute, self.args.delay, memory[0] if memory else None
         noise = torch.randn(len(s), self.args.chunk, self.action_size, device=s.device)
-        known = self.net.read(images, words)
-        a = self.decode(known, s, 0 * noise if deterministic else noise)
-        return self.scaling.action(a[:, : self.args.execute], a[:, : self.args.execute])
+        chunk = self.decode(self.net.read(images, words), s, noise * (not deterministic), rest)
+        a = torch.cat([chunk[:, :d] if rest is None else rest[:, :d], chunk[:, d:E]], dim=1)
+        a = self.scaling.action(a, a)
+        return a if torch.is_tensor(observations) else a.numpy(force=True), [chunk[:, E:]]
+
+    def plan(self, observations, deterministic: bool = False):
+        """The next --execute actions (N, E, A), with no earlier ones in mind. What is drawn is the
+        noise; deterministic: there is none."""
+        return self.go_on(observations, None, deterministic)[0]
 
     def act(self, observations, deterministic: bool = False):
         """What a user calls: one observation or many, NumPy or tensor -> as many actions in the
         environment's bounds, the first ones of their plans."""
         a = self.plan(observations, deterministic)[:, 0]
-        many = isinstance(observations, list) or np.ndim(observations) == 2
-        a = a if many else a[0]
-        return a if torch.is_tensor(observations) else a.numpy(force=True)
+        return a if isinstance(observations, list) or np.ndim(observations) == 2 else a[0]
 
     def actors(self) -> dict:
         """What to evaluate, by suffix of its columns; the first one is the result."""
-        return {"": self.plan}
+        return {"": self.go_on}
 
 
 # ----------------------------------------------------------------------------------- Algorithm
@@ -623,9 +657,9 @@ def make_env(task: dict, **options) -> gym.Env:
 
 def evaluate(policy, task: dict, episodes: int, seed: int, video="") -> dict[str, float]:
     """Return, length and score of a policy over some episodes, all stepped together: each plan is
-    carried out before the next look."""
+    carried out before the next look. A policy with a memory is told which episodes go on."""
     row = {}
-    for suffix, plan in policy.actors().items():
+    for suffix, act in policy.actors().items():
         mode = {"render_mode": "rgb_array"} if video and not suffix else {}
         envs = [make_env(task, **mode), *(make_env(task) for _ in range(episodes - 1))]
         returns, lengths, running = np.zeros(episodes), np.zeros(episodes), list(range(episodes))
@@ -633,15 +667,17 @@ def evaluate(policy, task: dict, episodes: int, seed: int, video="") -> dict[str
         with explained(f"Environment '{task['env_id']}' failed (what was trained is saved{film})"):
             if mode:
                 envs[0] = gym.wrappers.RecordVideo(envs[0], str(video), disable_logger=True)
-            s = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
+            s, memory = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)], None
             while running:
-                actions = plan([s[i] for i in running]).numpy(force=True)
-                for i, a in ((i, a) for i, rows in zip(running[:], actions) for a in rows):
+                (actions, memory), asked = act([s[i] for i in running], memory), running[:]
+                plans = actions.reshape(len(asked), -1, task["sizes"][1])  # (N, 1 or E, A)
+                for i, a in ((i, a) for i, plan in zip(asked, plans) for a in plan):
                     if i in running:
                         s[i], reward, terminated, truncated, _ = envs[i].step(a)
                         returns[i], lengths[i] = returns[i] + reward, lengths[i] + 1
                         if terminated or truncated:
                             running.remove(i)
+                memory = [x[torch.tensor([i in running for i in asked])] for x in memory]
             [env.close() for env in envs]
         zero, hundred = task["scores"] or SCORES.get(envs[0].spec.name, (math.nan, math.nan))
         score = 100 * (returns.mean() - zero) / (hundred - zero)

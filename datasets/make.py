@@ -9,6 +9,7 @@
     python datasets/make.py scene-language --demonstrations 5000
     python datasets/make.py scene-questions --pictures 20000
     python datasets/make.py babyai-gotolocal
+    python datasets/make.py metaworld-mt10
     python datasets/make.py hopper-medium --format minari
     python datasets/make.py --mix hopper-random:0.9,hopper-expert:0.1 --name hopper-random-expert-10
 
@@ -26,6 +27,7 @@ the ends of episodes that they leave out. What is there already is never overwri
 import contextlib
 import csv
 import http.client
+import importlib
 import json
 import os
 import sys
@@ -52,7 +54,7 @@ from tqdm import tqdm
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent / "algorithms"))
-sys.path.append(str(FOLDER))  # for ant, babyai, goals, environments, pixels and scene
+sys.path.append(str(FOLDER))  # for ant, goals, babyai, scene and the like
 import ant  # noqa: E402
 import sac  # noqa: E402  its policy acts, its table has D4RL's reference returns
 
@@ -116,9 +118,13 @@ ASKED = "scene-questions"  # by scene.py too: pictures, questions and answers; n
 # By babyai.py, which needs minigrid: rooms of things, and instructions about them.
 BABYAI = {f"babyai-{x.lower()}": x for x in ("GoToLocal", "PickupLoc", "PutNextLocal")}
 
-KNOWN = [*OURS, *GOALS, *REWARDED, PIXELS, SCENE, ASKED, *BABYAI, *D4RL]
+# By metaworld_arm.py, which needs Meta-World: another arm with ten or fifty tasks.
+METAWORLD = {f"metaworld-{x.lower()}": x for x in ("MT10", "MT50")}
 
-SUCCESSES = ("ogbench:", "environments:", "scene:", "babyai:")  # modules of environments
+KNOWN = [*OURS, *GOALS, *REWARDED, PIXELS, SCENE, ASKED, *BABYAI, *METAWORLD, *D4RL]
+
+# Modules of environments whose reward is success.
+SUCCESSES = ("ogbench:", "environments:", "scene:", "babyai:", "metaworld_arm:")
 
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 
@@ -143,7 +149,7 @@ class Args:
     """size of the mixture, to within an episode of each part; 0: as much as its parts allow; of a
     maze's or an arm's data: 0 is 100,000, OGBench's own have a million"""
     demonstrations: int = 600
-    """episodes of scene-language and of babyai's"""
+    """episodes of scene-language, of babyai's and of metaworld's"""
     pictures: int = 2400
     """pictures of scene-questions"""
     seed: int = 0
@@ -188,7 +194,7 @@ def check_known(name: str) -> None:
             f" -{', -'.join(LEVELS)}; ant-{', ant-'.join(OF_ANT)};"
             f" pendulum-{', pendulum-'.join(DEMONSTRATIONS)}; {', '.join(GOALS)}, each also with"
             f" -singletask or -singletask-task1 to -task5; {PIXELS}; {SCENE}; {ASKED};"
-            f" {', '.join(BABYAI)}; D4RL's {', '.join(D4RL_TASKS)}, each"
+            f" {', '.join((*BABYAI, *METAWORLD))}; D4RL's {', '.join(D4RL_TASKS)}, each"
             f" with -{'-v2, -'.join(D4RL_LEVELS)}-v2; other mixtures with --mix."
         )
 
@@ -196,7 +202,7 @@ def check_known(name: str) -> None:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Where to write a file: it takes the place of the old one when it is whole, or is gone."""
-    partial = path.with_suffix(".tmp")
+    partial = path.with_suffix(f".{os.getpid()}.tmp")  # two may make it at once
     try:
         yield partial
         partial.replace(path)
@@ -562,8 +568,8 @@ def make(name: str, args: Args) -> None:
         return make_goals(name, args)
     if name in (PIXELS, SCENE, ASKED):
         return {PIXELS: make_pixels, SCENE: make_scene, ASKED: make_questions}[name](name, args)
-    if name in BABYAI:
-        return make_babyai(name, args)
+    if name in BABYAI or name in METAWORLD:
+        return make_told(name, args)
     if name in BUFFERS or name not in KNOWN:
         how = "ships with the project: git restores it" if name in SHIPPED else "is made by --mix"
         raise SystemExit(f"{name} {how}.")
@@ -661,16 +667,16 @@ def make_scene(name: str, args: Args) -> None:
     add_images(name, images, instructions=list(scene.INSTRUCTIONS), **scene.sentences())
 
 
-def make_babyai(name: str, args: Args) -> None:
-    """Demonstrations of BabyAI's bot, which is told what to do in a room."""
-    import babyai
-
+def make_told(name: str, args: Args) -> None:
+    """Demonstrations of what is told to BabyAI's bot in a room, or to Meta-World's arm."""
     if args.demonstrations < 1:
         raise SystemExit(f"--demonstrations {args.demonstrations}: 1 or more.")
-    began, level = time.time(), BABYAI[name]
-    data, how = babyai.demonstrations(level, args.demonstrations, args.seed)
+    which = "babyai" if name in BABYAI else "metaworld_arm"
+    module, level = importlib.import_module(which), (BABYAI | METAWORLD)[name]
+    began = time.time()
+    data, how = module.demonstrations(level, args.demonstrations, args.seed)
     images, instructions = data.pop("images"), data.pop("instructions")
-    write(name, data, f"babyai:{level}-v0", how, time.time() - began)
+    write(name, data, f"{which}:{level}-v0", how, time.time() - began)
     add_images(name, images, instructions=instructions)
 
 
@@ -895,6 +901,7 @@ def show_list() -> None:
         how = "mixture" if level in MIXTURES or name not in KNOWN else how
         how = "OGBench's recipe" if name in GOALS or name in REWARDED else how
         how = "babyai.py, demonstrated" if name in BABYAI else how
+        how = "metaworld_arm.py, demonstrated" if name in METAWORLD else how
         how = {PIXELS: "pixels.py, drawn", SCENE: "scene.py, demonstrated"}.get(name, how)
         how = "ships" if name in SHIPPED else "D4RL's, downloaded" if name in D4RL else how
         line = f"{name:34}{how:32}"
@@ -913,7 +920,8 @@ def card_table() -> str:
     head = "data set|transitions|episodes|mean|min|25 %|median|75 %|max|MB|s to make"
     head = f"| {head.replace('|', ' | ')} |\n|---|{'--:|' * 10}\n"
     rows, made = {}, {}  # task -> lines
-    others = {*D4RL, *GOALS, *REWARDED, PIXELS, SCENE, *BABYAI}  # these have no policies to compare
+    # These have no policies to compare.
+    others = {*D4RL, *GOALS, *REWARDED, PIXELS, SCENE, *BABYAI, *METAWORLD}
     for name in [name for name in names_there() if name not in others]:
         data, attributes = read(name)
         _, returns = episodes_of(data)

@@ -88,7 +88,11 @@ BLOCKS = {
         r"    # Hindsight: which.*?(?=    def batch\()",
         ("gciql.py", "hiql.py"),
     ),
-    "evaluation of plans": ("pi0.py", r"def evaluate\(.*?(?=\n\n\ndef )", ("pi0.py", "rt2.py")),
+    "evaluation of robots": (
+        "pi0.py",
+        r"def evaluate\(.*?(?=\n\n\ndef )",
+        ("pi0.py", "rt1.py", "rt2.py"),
+    ),
     # What robots have in common.
     "vocabulary": ("pi0.py", r"def vocabulary\(.*?(?=\n\n\n)", ("pi0.py", "rt1.py")),
     "words": ("pi0.py", r"    def words\(.*?(?=\n\n    def )", ("pi0.py", "rt2.py")),

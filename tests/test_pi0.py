@@ -275,7 +275,8 @@ def test_plans_and_first_actions():
     plan = policy.plan(many, deterministic=True)
     assert plan.shape == (5, 2, A) and (plan >= -2).all() and (plan <= 3).all()
     first = policy.act(many, deterministic=True)
-    assert isinstance(first, np.ndarray) and np.array_equal(first, plan[:, 0].numpy())
+    assert isinstance(first, np.ndarray) and np.array_equal(first, plan[:, 0])
+    assert torch.is_tensor(units.learner(pi0).policy.plan(torch.randn(3, S)))
     one = policy.act(many[3], deterministic=True)
     assert one.shape == (A,)
     np.testing.assert_allclose(one, first[3], atol=1e-5)
@@ -307,14 +308,89 @@ def test_without_words_or_pictures():
 
 @pytest.mark.parametrize(
     "flags, says",
-    [(dict(execute=5), "--chunk has 4"), (dict(action_dim=11), "--action-dim must be even"),
-     (dict(chunk=0), "--chunk must be"), (dict(max_words=0), "--max-words must be"),
+    [(dict(execute=5), "--chunk has 4"), (dict(delay=3), "--delay 3: at most --execute"),
+     (dict(execute=3, delay=2), "--delay 2: at most --execute"), (dict(delay=-1), "--delay -1"),
+     (dict(head="mse", rtc=True), "--rtc bends a flow"),
+     (dict(action_dim=11), "--action-dim must be even"), (dict(chunk=0), "--chunk must be"),
+     (dict(max_words=0), "--max-words must be"),
      (dict(warmup_steps=20, decay_steps=20), "--decay-steps"),
      (dict(max_grad_norm=0), "--max-grad-norm")],
 )  # fmt: skip
 def test_refusals(flags, says):
     with pytest.raises(SystemExit, match=says):
         learner(**flags)
+
+
+# --------------------------------------------------------------------------- Real-time chunking
+
+
+def test_the_velocity_bends_as_the_paper_says(monkeypatch):
+    """With v = x / 2 the chunk that x leads to is (1 - t / 2) x, in each of its places alone: the
+    change is that factor times the weighted difference, the guidance (t² + (1 - t)²) / t (1 - t),
+    at most 5."""
+    policy = learner(chunk=8, execute=2, delay=2, rtc=True).policy
+    monkeypatch.setattr(pi0.Network, "forward", lambda self, known, s, x, t: x / 2)
+    rest, x = torch.randn(3, 6, A), torch.randn(3, 8, A)
+    # Two actions are under way; of the six that the old chunk has, four are left to be changed.
+    c = np.array([1, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5, 0, 0])
+    weight = torch.tensor(c * (np.exp(c) - 1) / (np.e - 1), dtype=torch.float32)[:, None]
+    wanted = torch.cat([rest, torch.randn(3, 2, A)], dim=1)  # what is not there has no weight
+    for t, guidance in ((1.0, 5), (0.95, 5), (0.5, 2), (0.3, 0.58 / 0.21), (0.05, 5)):
+        a = (1 - t / 2) * x
+        expected = x / 2 - guidance * (1 - t / 2) * weight * (wanted - a)
+        with torch.no_grad():
+            found = policy.continuing(rest)(None, None, x, torch.full((3, 1, 1), t))
+        torch.testing.assert_close(found, expected)
+        assert not found.requires_grad
+
+
+def test_a_chunk_goes_on_from_the_old_one():
+    """Nothing has been learnt, so what changes is the bending's: nearer to the old chunk, the more
+    so the sooner an action is, and not at all where the old chunk has none."""
+    agent = learner(chunk=8, execute=2, delay=1, rtc=True, flow_steps=10)
+    policy, (images, words, s, a, _) = agent.policy, parts(agent)
+    known, noise = policy.net.read(images, words), torch.randn_like(a)
+    rest = torch.empty(6, 6, A).uniform_(-1, 1)
+    bent, plain = policy.decode(known, s, noise, rest), policy.decode(known, s, noise)
+    far, near = ((x[:, :6] - rest).square().mean((0, 2)) for x in (plain, bent))
+    assert (near / far)[0] < 0.01 and ((near / far).diff() > 0).all() and (near / far)[5] < 1
+    change = (bent - plain).abs().mean((0, 2))
+    assert change[6:].max() < 0.1 * change[0]  # by attention alone
+    policy.args.rtc = False
+    assert torch.equal(policy.decode(known, s, noise, rest), plain)
+
+
+@pytest.mark.parametrize("rtc", [False, True])
+def test_a_late_chunk_begins_with_the_old_ones_actions(rtc):
+    policy, many = learner(chunk=6, execute=3, delay=2, rtc=rtc).policy, seen()
+    torch.manual_seed(1)
+    first, [rest] = policy.go_on(many)
+    torch.manual_seed(1)
+    assert np.array_equal(policy.plan(many), first) and rest.shape == (5, 3, A)
+    images, words, s = policy.look(many)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        chunk = policy.decode(policy.net.read(images, words), s, torch.randn(5, 6, A), rest)
+    torch.manual_seed(2)
+    a, [beyond] = policy.go_on(many, [rest])
+    expected = torch.cat([rest[:, :2], chunk[:, 2:3]], dim=1)
+    expected = policy.scaling.action(expected, expected).numpy()
+    assert np.array_equal(a, expected) and torch.equal(beyond, chunk[:, 3:])
+    # With a chunk in hand nothing depends on what the other rows are.
+    torch.manual_seed(3)
+    whole, _ = policy.go_on(many, [rest], deterministic=True)
+    some, _ = policy.go_on(many[3:], [rest[3:]], deterministic=True)
+    np.testing.assert_allclose(whole[3:], some, atol=1e-4)
+
+
+def test_without_delay_the_old_chunk_is_forgotten():
+    policy, many = learner(chunk=6, execute=3).policy, seen()
+    _, memory = policy.go_on(many)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        a, _ = policy.go_on(many, memory)
+        torch.manual_seed(seed)
+        assert np.array_equal(a, policy.plan(many))
 
 
 # ---------------------------------------------------------------------------- The robot's data

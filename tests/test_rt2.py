@@ -493,8 +493,9 @@ def test_acting_takes_one_or_many(file):
     assert many.shape == (5, A) and isinstance(many, np.ndarray)
     one = agent.policy.act(ob[1])
     assert one.shape == (A,) and np.allclose(one, many[1])
-    assert agent.policy.plan(ob).shape == (5, 1, A)
-    assert agent.policy.plan(ob[1]).shape == (1, 1, A)
+    for act in agent.policy.actors().values():
+        a, memory = act(ob, None)
+        assert np.array_equal(a, many) and memory == []
     assert torch.is_tensor(units.learner(rt2).policy.act(torch.randn(3, S)))
 
 

@@ -5,8 +5,8 @@ and where the mean of two demonstrations fails. Needs matplotlib and requirement
     python docs/figures/pi0.py runs/pi0/scene-language/seed0
 
 The pictures and tables of pi0's page are written to docs/algorithms/pi0: demonstrations.png,
-films.gif, instructions.csv, detour.png, detour.csv. The detour is trained here, three minutes on a
-CPU; --films-only leaves it out.
+films.gif, instructions.csv, late.csv, late.md, detour.png, detour.csv. The detour is trained here,
+three minutes on a CPU; --films-only leaves it and the late chunks out, --late-only all but these.
 """
 
 import csv
@@ -36,7 +36,8 @@ class Args:
     """Draws pi0's page."""
 
     run: Annotated[str, tyro.conf.Positional]  # folder of a run on scene-language
-    films_only: bool = False  # no training on the detour
+    films_only: bool = False  # no training on the detour, no late chunks
+    late_only: bool = False  # only the chunks that come late
 
 
 def load():
@@ -74,7 +75,7 @@ def obey(policy, env, seed: int, instruction: str = "", film: list | None = None
     done, seconds, plans = False, 0.0, 0
     while not done:
         began = time.time()
-        plan = policy.plan(observation)[0].numpy()
+        plan = policy.plan(observation)[0]
         seconds, plans = seconds + time.time() - began, plans + 1
         for action in plan:
             if film is not None:
@@ -130,6 +131,31 @@ def scene(policy) -> None:
     frames[0].save(OUT / "films.gif", save_all=True, append_images=frames[1:], duration=100, loop=0)
 
 
+def late(module, run: str) -> None:
+    """Success with chunks that are ready some actions late, and how far the new chunk's first own
+    action is from what the old one had meant for that moment: squared, per dimension."""
+    rows = [["delay", "real-time chunking", "success", "steps", "seam"]]
+    for delay, rtc in ((d, rtc) for d in (0, 1, 2) for rtc in (False, True)):
+        policy, seams = module.load_policy(run, execute=3, delay=delay, rtc=rtc), []
+        torch.manual_seed(0)
+
+        def act(observations, memory=None, policy=policy, delay=delay, seams=seams):
+            a, kept = policy.go_on(observations, memory)
+            if memory:
+                seams.append(np.square(a[:, delay] - memory[0][:, delay].numpy()).mean())
+            return a, kept
+
+        policy.actors = lambda act=act: {"": act}
+        found = module.evaluate(policy, policy.saved["task"], EPISODES, seed=0)
+        row = [delay, "yes" if rtc else "no", f"{found['return_mean']:.2f}"]
+        rows.append([*row, f"{found['length_mean']:.1f}", f"{np.mean(seams):.3f}"])
+        print(*rows[-1], flush=True)
+    write("late.csv", rows)
+    names = "delay $d$", "real-time chunking", "success", "steps", "seam"
+    lines = [" | ".join(map(str, row)) for row in ([*names], ["--:"] * 5, *rows[1:])]
+    (OUT / "late.md").write_text("".join(f"| {line} |\n" for line in lines))
+
+
 def detour(module) -> None:
     """Trajectories of three heads around an obstacle that demonstrations pass on either side."""
     sys.path.insert(0, str(ROOT))
@@ -153,7 +179,7 @@ def detour(module) -> None:
                     s, _ = env.reset(seed=seed)
                     path, done = [s], False
                     while not done and len(path) <= 40:
-                        for action in policy.plan(s[None])[0].numpy():
+                        for action in policy.plan(s[None])[0]:
                             s, reward, done, _, _ = env.step(action)
                             path.append(s)
                             if done:
@@ -174,6 +200,10 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)
     OUT.mkdir(exist_ok=True)
     module = load()
+    if not args.films_only:
+        late(module, args.run)
+    if args.late_only:
+        return
     demonstrations()
     if not args.films_only:
         detour(module)
