@@ -108,6 +108,18 @@ def test_levels_are_halved_and_as_wide_as_asked():
     assert [up[1].second[0].out_channels for up in net.up] == [16, 8]
 
 
+def test_the_right_side_sees_what_the_left_one_found():
+    """Also where nothing comes through the middle; the finest level hands nothing across."""
+    net = diffuser.UNet([D, 8, 16, 32], 5)
+    for block in net.middle:
+        block.forward = lambda x, noise: 0 * x
+    found, noise = net.descend(torch.randn(2, 16, D), 1)
+    found = [x.detach().requires_grad_() for x in found]
+    net.descend = lambda x, i: ([*found], noise)
+    gradients = torch.autograd.grad(net(None, 1).square().sum(), found, allow_unused=True)
+    assert gradients[0] is None and all(x.abs().max() > 0 for x in gradients[1:])
+
+
 def test_the_waves_of_the_steps():
     """Sines and cosines of frequencies from 1 down to 1 / 10,000."""
     waves = diffuser.UNet([D, 16], 30).waves
