@@ -11,6 +11,9 @@ the plots beside them and the tables of README.md and of docs/results.md. With -
 same layout there, whoever made the runs, and writes results.md, tables (.csv) and plots to --out,
 nothing anywhere else.
 
+A run that was stopped for good, and says in its config.json at which step (steps_reached), counts
+as one of so many; the other seeds of its cell are cut there.
+
 `final` is the mean of a run's last five evaluations, `best` its best single one (a choice that
 offline data alone would not allow, so it stands apart). Over seeds: mean and 95 % bootstrap
 interval. A table or a curve holds runs of one number of steps, or of one amount of CPU time.
@@ -34,6 +37,8 @@ from scipy.stats import bootstrap
 
 matplotlib.use("Agg")
 ONLINE = ("sac", "sac_offline")  # behind the data sets; not compared with the rest
+REFERENCE = "Processor, one thread, torch 2.13.0+cpu, medium precision"  # a row of speed.csv
+MINUTES = (1, 2, 5, 10, 20, 45)
 FAST = "td3_bc_tau_0.02"  # TD3+BC with A2PO's speed of the target networks: what τ alone does
 FOLDER = Path(__file__).resolve().parent
 CALIBRATION = FOLDER.parent / "tests" / "calibration"
@@ -76,6 +81,8 @@ class Run:
     reached: int = 0  # gradient steps, in that time
     used: float = math.nan  # CPU minutes
     gpu: bool = False
+    asked: int = 0  # gradient steps that it was to have
+    stopped: bool = False  # and did not have when the machine was needed elsewhere
 
     @property
     def final(self) -> float:
@@ -109,9 +116,11 @@ def read_run(path: Path) -> Run | str:
     if not np.isfinite(steps).all():
         return "no column of steps"
     budget, asked = about.get("cpu_minutes", 0), about.get("args", {}).get("steps", 0)
-    if not budget and (cpu.get("minutes") or steps[-1] < asked):
+    ends = about.get("steps_reached") or asked  # a run that was stopped for good says where
+    if not budget and (cpu.get("minutes") or steps[-1] < ends):
         return f"not finished, at step {steps[-1]:,.0f}"
     run = Run(*path.parts[-4:-1], steps, scores, seconds[-1] / 60, returns, budget=budget)
+    run.stopped, run.asked = not budget and steps[-1] < asked, int(asked)
     at = about.get("cpu_seconds_at_evaluations", [])
     run.cpu = np.array(at) / 60 if len(at) == len(steps) and None not in at else None
     run.reached = int(about.get("steps_reached", steps[-1]))
@@ -133,7 +142,18 @@ def read_runs(folder: Path | str = "runs", left_out: list[str] | None = None) ->
             runs.append(run)
         elif left_out is not None:
             left_out.append(f"{'/'.join(path.parts[-3:])}: {run}")
-    return runs
+    return [cut(run, runs) if run.asked and not run.budget else run for run in runs]
+
+
+def cut(run: Run, runs: list[Run]) -> Run:
+    """A run as long as its other seeds, where one of them was stopped early."""
+    key = (run.algorithm, run.dataset, run.asked)
+    seeds = [other for other in runs if (other.algorithm, other.dataset, other.asked) == key]
+    n = min(len(other.steps) for other in seeds)
+    if not any(other.stopped for other in seeds) or n == len(run.steps):
+        return run
+    shorter = dict(steps=run.steps[:n], scores=run.scores[:n], returns=run.returns[:n])
+    return replace(run, **shorter, minutes=run.minutes * run.steps[n - 1] / run.steps[-1])
 
 
 # -------------------------------------------------------------------------------------- Tables
@@ -196,8 +216,9 @@ def table(runs: list[Run]) -> str:
             row.append(f"{np.mean([run.reached for run in group]):,.0f}")
             row.append(f"{np.mean([run.used for run in group]):.1f}")
         else:
-            where = " on a GPU" * any(run.gpu for run in group)
-            row.append(f"{np.mean([run.minutes for run in group]):.0f}{where}")
+            fast = [run for run in group if run.gpu]
+            mean = np.mean([run.minutes for run in fast or group])
+            row.append(f"{mean:.0f}{' on a GPU' * bool(fast)}")
         rows.append(row)
     return markdown(head, 2, rows)
 
@@ -301,6 +322,33 @@ def write_csv(runs: list[Run], path: Path) -> None:
                 means = [(*mean, *other) for mean, other in zip(means, others)]
             numbers += list(np.mean(means, axis=0))
             writer.writerow([*cell, len(group), *(f"{x:.2f}" for x in numbers)])
+
+
+def in_minutes(runs: list[Run], dataset: str = "hopper-medium-replay") -> list[Run]:
+    """The long runs of files on a data set, with the time at which one CPU thread would have been
+    at each evaluation: steps over the steps per second of speed.csv, of training alone."""
+    with open(FOLDER / "speed.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["hardware"].endswith(REFERENCE)]
+    rates = {row["algorithm"]: float(row["steps_per_second"]) for row in rows}
+    here = [run for run in runs if run.dataset == dataset and run.algorithm in rates]
+    here = [run for run in here if run.algorithm != "gan_world_model"]  # two kinds of steps
+    return [replace(run, cpu=run.steps / rates[run.algorithm] / 60) for run in here]
+
+
+def minutes_table(runs: list[Run]) -> str:
+    """Scores after so many minutes: of a run's last three evaluations until then, of those that
+    went on so long, with 95 % interval."""
+    head = ["one CPU thread", *(f"{m:g} minute{'s' * (m > 1)}" for m in MINUTES)]
+    rows = []
+    for name in sorted({run.algorithm for run in runs}):
+        cells = []
+        for m in MINUTES:
+            there = [run for run in runs if run.algorithm == name and run.cpu[-1] >= m]
+            scores = [run.scores[run.cpu <= m][-3:] for run in there]
+            known = len(scores) > 0 and all(map(len, scores))
+            cells.append(interval([x.mean() for x in scores]) if known else "")
+        rows.append([name, *cells])
+    return markdown(head, 1, rows)
 
 
 def shown_as(name: str) -> str:
@@ -443,6 +491,31 @@ def plot(runs: list[Run], path: Path, unit: str, palette: dict, timed: bool = Fa
     plt.close(figure)
 
 
+def draw_minutes(runs: list[Run], path: Path, palette: dict) -> None:
+    """Scores against minutes of one CPU thread, each file's mean over the seeds and each seed."""
+    figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    for name in sorted({run.algorithm for run in runs}):
+        group = [run for run in runs if run.algorithm == name]
+        n = min(len(run.scores) for run in group)
+        smooth = np.array([running_mean(run.scores[:n]) for run in group])
+        for one in smooth:
+            axis.plot(group[0].cpu[:n], one, color=palette[name], lw=0.7, alpha=0.3)
+        axis.plot(group[0].cpu[:n], smooth.mean(0), color=palette[name], lw=2, label=name)
+    axis.set(xscale="log", xlabel="minutes of one CPU thread", ylabel="normalised score")
+    ticks = (0.1, 0.3, 1, 3, 10, 30, 60)
+    axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def running_mean(scores: np.ndarray, n: int = 3) -> np.ndarray:
+    """The mean of each evaluation and the n - 1 before it."""
+    return np.array([scores[max(0, i + 1 - n) : i + 1].mean() for i in range(len(scores))])
+
+
 # ------------------------------------------------------------------------------------- Reports
 
 
@@ -520,6 +593,9 @@ def ours() -> str:
     own, thousands = [run for run in equal if run.algorithm in (*FILES, FAST)], "steps (thousands)"
     plot(own, FOLDER / "curves.png", f"gradient {thousands}", palette)
     plot(beside(offline), FOLDER / "beside.png", f"gradient {thousands}", palette)
+    clocked = in_minutes(offline)
+    insert(page, "clock", minutes_table(clocked))
+    draw_minutes(clocked, FOLDER / "clock.png", palette)
     plot([run for run in online if run.algorithm == "sac"], FOLDER / "sac.png", thousands, palette)
     return text + of_equal_time(timed, palette)
 
