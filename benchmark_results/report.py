@@ -580,7 +580,8 @@ def ours() -> str:
     text += f"![curves](beside.png)\n\n## Behind the data sets\n\n{tables(online)}\n"
     (FOLDER / "results.md").write_text(text + "![curves of SAC](sac.png)\n")
     write_csv(runs, FOLDER / "results.csv")
-    insert(readme, "results", side_by_side(equal, names))
+    often = {name for name in names if len({r.dataset for r in equal if r.algorithm == name}) > 1}
+    insert(readme, "results", side_by_side(equal, sorted(often)))
     page = FOLDER.parent / "docs" / "results.md"
     insert(page, "together", f"{side_by_side(equal, names)}\n{aggregate(equal)}")
     insert(page, "calibration", calibration_table())
