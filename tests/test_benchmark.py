@@ -539,6 +539,51 @@ def test_a_table_holds_one_number_of_steps_or_one_time(tmp_path, report):
     assert short.startswith("| 10 steps |") and short.count("| hopper-medium |") == 2
 
 
+def test_a_run_that_was_stopped_for_good_shortens_its_other_seeds(tmp_path, report):
+    curves(tmp_path, {"bc": (1, 2)}, steps=20, args={"steps": 20})
+    for seed, end in enumerate((3, 4)):
+        folder = tmp_path / "bc" / "hopper-medium" / f"seed{seed}"
+        rows = (folder / "eval.csv").read_text().splitlines()
+        (folder / "eval.csv").write_text("\n".join(rows[: 1 + end * 4]))  # until step 12 and 16
+    left_out = []
+    assert report.read_runs(tmp_path, left_out) == []
+    assert [line.split(": ")[1] for line in left_out] == [
+        f"not finished, at step {n}" for n in (12, 16)
+    ]
+
+    about = {"args": {"steps": 20}, "steps_reached": 12}
+    (tmp_path / "bc" / "hopper-medium" / "seed0" / "config.json").write_text(json.dumps(about))
+    curves(tmp_path, {"iql": (5,)}, steps=20, args={"steps": 20})
+    longer = tmp_path / "bc" / "hopper-medium" / "seed1" / "config.json"
+    longer.write_text(json.dumps(about | {"steps_reached": 16}))
+    one, other, iql = report.read_runs(tmp_path)
+    for run in (one, other):
+        assert (
+            run.steps.tolist() == list(range(1, 13)) and len(run.scores) == len(run.returns) == 12
+        )
+        assert run.minutes == pytest.approx(1.2) and run.size == 12
+    assert iql.size == 20  # another algorithm's seeds stay as long as they are
+
+
+def test_minutes_of_one_thread_come_from_the_table_of_speeds(tmp_path, report):
+    curves(tmp_path, {"bc": (1, 2, 3), "mine": (5,)}, "hopper-medium-replay", steps=20)
+    runs = report.read_runs(tmp_path)
+    for run in runs:
+        run.steps = run.steps * 10_000
+    with open(ROOT / "benchmark_results" / "speed.csv") as file:
+        rates = [row for row in csv.DictReader(file) if row["algorithm"] == "bc"]
+    (rate,) = [
+        row for row in rates if "one thread" in row["hardware"] and "medium" in row["hardware"]
+    ]
+    found = report.in_minutes(runs)
+    assert [run.algorithm for run in found] == ["bc"] * 3
+    assert found[0].cpu[-1] == pytest.approx(200_000 / float(rate["steps_per_second"]) / 60)
+    (row,) = report.minutes_table(found).splitlines()[2:]
+    # 44,337 steps a minute: 30,000 to 40,000 after one; the last before two are at 60,000 to 80,000
+    assert row.startswith("| bc | 99.0 | 99.0 | ") and row.endswith(" |  |  |  |  |"), row
+    assert report.running_mean(np.array([1.0, 3.0, 5.0, 7.0])).tolist() == [1, 2, 3, 5]
+
+
 def test_report_of_a_foreign_folder_touches_nothing_of_ours(tmp_path, report, capsys):
     before, place, out = snapshot(), tmp_path / "grid", tmp_path / "shown"
     curves(place, {"bc": (1, 2, 3), "mine": (4, 5, 6)}, args={"steps": 10})
