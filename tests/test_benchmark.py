@@ -557,26 +557,25 @@ def test_a_run_that_was_stopped_for_good_shortens_its_other_seeds(tmp_path, repo
     longer = tmp_path / "bc" / "hopper-medium" / "seed1" / "config.json"
     longer.write_text(json.dumps(about | {"steps_reached": 16}))
     one, other, iql = report.read_runs(tmp_path)
-    for run in (one, other):
-        assert (
-            run.steps.tolist() == list(range(1, 13)) and len(run.scores) == len(run.returns) == 12
-        )
-        assert run.minutes == pytest.approx(1.2) and run.size == 12
+    for found in (one, other):
+        assert found.steps.tolist() == list(range(1, 13))
+        assert len(found.scores) == len(found.returns) == 12
+        assert found.minutes == pytest.approx(1.2) and found.size == 12
     assert iql.size == 20  # another algorithm's seeds stay as long as they are
 
 
 def test_minutes_of_one_thread_come_from_the_table_of_speeds(tmp_path, report):
     curves(tmp_path, {"bc": (1, 2, 3), "mine": (5,)}, "hopper-medium-replay", steps=20)
     runs = report.read_runs(tmp_path)
-    for run in runs:
-        run.steps = run.steps * 10_000
+    for each in runs:
+        each.steps = each.steps * 10_000
     with open(ROOT / "benchmark_results" / "speed.csv") as file:
         rates = [row for row in csv.DictReader(file) if row["algorithm"] == "bc"]
     (rate,) = [
         row for row in rates if "one thread" in row["hardware"] and "medium" in row["hardware"]
     ]
     found = report.in_minutes(runs)
-    assert [run.algorithm for run in found] == ["bc"] * 3
+    assert [each.algorithm for each in found] == ["bc"] * 3
     assert found[0].cpu[-1] == pytest.approx(200_000 / float(rate["steps_per_second"]) / 60)
     (row,) = report.minutes_table(found).splitlines()[2:]
     # 44,337 steps a minute: 30,000 to 40,000 after one; the last before two are at 60,000 to 80,000
