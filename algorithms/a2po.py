@@ -19,7 +19,7 @@ but does not see the action, so Q - V is the logged action's advantage over the 
     python algorithms/a2po.py --dataset hopper-random-medium-expert --steps 100000 --eval-xi -1 0
 
 Measured: Hopper, 60,000 steps, up to three seeds (TD3+BC, the same with τ = 0.02): random-expert-10
-84.9 (23.4, 60.7), random-medium-expert 92.3 (53.6, 94.0), medium-replay 51.8 (22.2, 65.5).
+84.9 (23.4, 60.7), random-medium-expert 92.3 (53.6, 91.4), medium-replay 51.8 (22.2, 65.5).
 
 Differs from the paper / official code, which is `--tau 0.005 --cvae-dim 750 --reward-scale 100
 --xi-norm none --xi-critic q1 --no-layer-norm --kl-weight 1 --cvae-min-steps 0`:
