@@ -18,6 +18,7 @@ import shared_blocks
 import test_structure
 import torch
 import tyro
+import units
 import worked_example
 from conftest import NAMES, ROOT, load, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -541,6 +542,28 @@ def test_the_tours_program_shuffles_the_condition(tmp_path, monkeypatch):
     shuffled = a2po.A2PO.condition(learner, advantage, sigma)
     assert not torch.equal(shuffled, before(learner, advantage, sigma))
     assert torch.equal(shuffled.sort(0)[0], before(learner, advantage, sigma))
+
+
+def test_a2pos_parts_are_in_their_table_and_the_versions_learn(tmp_path, monkeypatch):
+    parts = module_at(DOCS / "figures" / "a2po_parts.py")
+    monkeypatch.setattr(parts, "FOLDER", tmp_path)
+    parts.main(parts.Args(versions=str(tmp_path)))
+    committed = (DOCS / "figures" / "a2po_parts.md").read_text()
+    assert (tmp_path / "a2po_parts.md").read_text() == committed
+    assert len(committed.splitlines()) == 2 + len(parts.ROWS) and committed.count("| - |") == 0
+
+    rows, losses = units.data(), {}
+    for name in ("a2po", *parts.LINES):
+        place = tmp_path if name in parts.LINES else ROOT / "algorithms"
+        module = module_at(place / f"{name}.py")
+        learner = units.learner(module, rows)
+        torch.manual_seed(1)  # the target's noise
+        losses[name] = learner.validate(rows)["critic"].item()
+        torch.manual_seed(1)
+        for step in (1, 2):
+            metrics = learner.phase(step)()
+        assert all(torch.isfinite(x).all() for x in metrics.values())
+    assert len(set(losses.values())) == 3  # each asks something else of Q and V
 
 
 def test_the_tours_plots_are_drawn_from_its_table(tmp_path, monkeypatch):
