@@ -256,6 +256,13 @@ def at_equal_steps(runs: list[Run], steps: int = 60_000, every: int = 10_000) ->
     return [run for run in found if run.dataset in datasets]
 
 
+def on_several(runs: list[Run], names: list[str]) -> list[str]:
+    """Those that ran on more than one data set."""
+    cells = {(run.algorithm, run.dataset) for run in runs}
+    count = Counter(name for name, _ in cells)
+    return [name for name in names if count[name] > 1]
+
+
 def every_file(runs: list[Run], names: list[str] = FILES) -> str:
     """A row per algorithm, a column per data set that three seeds of several files were run on:
     the last evaluation. Steps are those of a file's shortest run; its other runs are cut there. A
@@ -580,8 +587,7 @@ def ours() -> str:
     text += f"![curves](beside.png)\n\n## Behind the data sets\n\n{tables(online)}\n"
     (FOLDER / "results.md").write_text(text + "![curves of SAC](sac.png)\n")
     write_csv(runs, FOLDER / "results.csv")
-    often = {name for name in names if len({r.dataset for r in equal if r.algorithm == name}) > 1}
-    insert(readme, "results", side_by_side(equal, sorted(often)))
+    insert(readme, "results", side_by_side(equal, on_several(equal, names)))
     page = FOLDER.parent / "docs" / "results.md"
     insert(page, "together", f"{side_by_side(equal, names)}\n{aggregate(equal)}")
     insert(page, "calibration", calibration_table())

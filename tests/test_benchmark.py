@@ -656,11 +656,16 @@ def test_ours_is_what_the_pages_show(report):
         assert line in shown
     equal = report.at_equal_steps(report.with_long(report.read_runs("study"), runs))
     names = sorted([*report.FILES, report.FAST])
-    assert report.side_by_side(equal, names) in (ROOT / "README.md").read_text()
+    several = report.on_several(equal, names)
+    assert "a2po" in several and "cql" not in several  # so far
+    assert report.side_by_side(equal, several) in (ROOT / "README.md").read_text()
+    page = (ROOT / "docs/results.md").read_text()
+    assert report.side_by_side(equal, names) in page
+    assert report.minutes_table(report.in_minutes(runs)) in page
     short = report.side_by_side(
         report.read_runs("short"), sorted([*report.FILES, "a2po_one_sigma"])
     )
-    assert short in (ROOT / "docs/results.md").read_text()
+    assert short in page
 
 
 def test_help_of_the_report(report):
