@@ -120,7 +120,7 @@ def read_run(path: Path) -> Run | str:
     if not budget and (cpu.get("minutes") or steps[-1] < ends):
         return f"not finished, at step {steps[-1]:,.0f}"
     run = Run(*path.parts[-4:-1], steps, scores, seconds[-1] / 60, returns, budget=budget)
-    run.stopped, run.asked = not budget and steps[-1] < asked, int(asked)
+    run.stopped, run.asked = bool(not budget and steps[-1] < asked), int(asked)
     at = about.get("cpu_seconds_at_evaluations", [])
     run.cpu = np.array(at) / 60 if len(at) == len(steps) and None not in at else None
     run.reached = int(about.get("steps_reached", steps[-1]))
