@@ -5,11 +5,11 @@
     python benchmark_results/report.py --runs runs/grid --out runs/grid/report
 
 Without flags it reads benchmark_results/runs/<algorithm>/<data set>/seed<k>/eval.csv, the runs of
-fewer steps in benchmark_results/short and those of equal time in benchmark_results/minutes (the
-same folders), and the calibration of the learning-curve tests, and writes results.md, results.csv,
-the plots beside them and the tables of README.md and of docs/results.md. With --runs it reads the
-same layout there, whoever made the runs, and writes results.md, tables (.csv) and plots to --out,
-nothing anywhere else.
+as many steps as a quarter of an hour has in benchmark_results/quarter_hour, those that a clock
+stopped in benchmark_results/minutes (the same folders), and the calibration of the learning-curve
+tests, and writes results.md, results.csv, the plots beside them and the tables of README.md and of
+docs/results.md. With --runs it reads the same layout there, whoever made the runs, and writes
+results.md, tables (.csv) and plots to --out, nothing anywhere else.
 
 A run that was stopped for good, and says in its config.json at which step (steps_reached), counts
 as one of so many; the other seeds of its cell are cut there.
@@ -38,7 +38,8 @@ from scipy.stats import bootstrap
 matplotlib.use("Agg")
 ONLINE = ("sac", "sac_offline")  # behind the data sets; not compared with the rest
 REFERENCE = "Processor, one thread, torch 2.13.0+cpu, medium precision"  # a row of speed.csv
-MINUTES = (1, 2, 5, 10, 20, 45)
+MINUTES, QUARTER = (1, 2, 5, 10, 20, 45), 15
+TIMED = ("hopper-medium-replay", "halfcheetah-medium-expert", "walker2d-random-expert-10")
 FAST = "td3_bc_tau_0.02"  # TD3+BC with A2PO's speed of the target networks: what τ alone does
 FOLDER = Path(__file__).resolve().parent
 CALIBRATION = FOLDER.parent / "tests" / "calibration"
@@ -263,44 +264,38 @@ def on_several(runs: list[Run], names: list[str]) -> list[str]:
     return [name for name in names if count[name] > 1]
 
 
-def every_file(runs: list[Run], names: list[str] = FILES) -> str:
-    """A row per algorithm, a column per data set that three seeds of several files were run on:
-    the last evaluation. Steps are those of a file's shortest run; its other runs are cut there. A
-    table for each number of steps."""
-    seeds = Counter((run.algorithm, run.dataset) for run in runs if run.algorithm in names)
-    cells = sorted(cell for cell, number in seeds.items() if number >= 3)
-    files = Counter(dataset for _, dataset in cells)
-    datasets = sorted(dataset for dataset, number in files.items() if number > 1)
-    rows = defaultdict(list)
-    for name in names:
-        shown = [dataset for dataset in datasets if (name, dataset) in cells]
-        found = [run for run in runs if run.algorithm == name and run.dataset in shown]
-        if found:
-            steps = int(min(run.steps[-1] for run in found))
-            ends = defaultdict(list)
-            for run in found:
-                ends[run.dataset].append(float(run.scores[run.steps <= steps][-1]))
-            texts = [interval(ends[dataset]) if ends[dataset] else "" for dataset in datasets]
-            rows[steps].append([name, *texts])
-    parts = [markdown([f"{steps:,} steps", *datasets], 1, rows[steps]) for steps in sorted(rows)]
-    return "\n".join(parts)
+def completed(runs: list[Run], others: list[Run]) -> list[Run]:
+    """Runs, and others where an algorithm has none on a data set."""
+    there = {(run.algorithm, run.dataset) for run in runs}
+    return runs + [run for run in others if (run.algorithm, run.dataset) not in there]
 
 
-def with_long(short: list[Run], long: list[Run]) -> list[Run]:
-    """Where an algorithm has no short run on a data set: its long ones."""
-    there = {(run.algorithm, run.dataset) for run in short}
-    return short + [run for run in long if (run.algorithm, run.dataset) not in there]
+def most_evaluated(runs: list[Run]) -> list[Run]:
+    """Of an algorithm's runs of several lengths on a data set those with the most evaluations."""
+    kept = {}
+    for (dataset, name, _), group in grouped(runs):
+        kept.setdefault((dataset, name), []).append(group)
+    return sum((max(groups, key=lambda group: len(group[0].steps)) for groups in kept.values()), [])
 
 
 def against_corl(runs: list[Run]) -> str:
-    """Our files and CORL's where both were run for as many steps on the same data."""
+    """Our files and CORL's on the same data, at the last step at which both were evaluated: the
+    mean of the last five evaluations that both have."""
     cells, rows = dict(grouped(runs)), defaultdict(list)
-    for (dataset, name, steps), ours in cells.items():
-        theirs = cells.get((dataset, f"corl_{name}", steps))
-        if theirs:
-            finals = [[run.final for run in group] for group in (ours, theirs)]
+    for (dataset, name, _), theirs in cells.items():
+        file = name.removeprefix("corl_")
+        own = [group for key, group in cells.items() if key[:2] == (dataset, file) and file != name]
+        shared = [np.intersect1d(group[0].steps, theirs[0].steps) for group in own]
+        # Of our runs of different lengths those that were evaluated at the most of CORL's steps.
+        best = max(range(len(own)), key=lambda i: len(shared[i]), default=None)
+        if best is not None and len(shared[best]):
+            last = shared[best][-5:]
+            finals = [
+                [run.scores[np.isin(run.steps, last)].mean() for run in group]
+                for group in (own[best], theirs)
+            ]
             shown = [cell for final in finals for cell in (str(len(final)), spread(final))]
-            rows[steps].append([dataset, name, *shown])
+            rows[int(last[-1])].append([dataset, file, *shown])
     more = ["algorithm", "seeds", "final", "CORL's seeds", "CORL's final"]
     steps = sorted(rows, reverse=True)
     return "\n".join(markdown([f"{size:,} steps", *more], 2, rows[size]) for size in steps)
@@ -331,15 +326,37 @@ def write_csv(runs: list[Run], path: Path) -> None:
             writer.writerow([*cell, len(group), *(f"{x:.2f}" for x in numbers)])
 
 
-def in_minutes(runs: list[Run], dataset: str = "hopper-medium-replay") -> list[Run]:
-    """The long runs of files on a data set, with the time at which one CPU thread would have been
-    at each evaluation: steps over the steps per second of speed.csv, of training alone."""
+def rates() -> dict[str, float]:
+    """Steps per second of one CPU thread, from speed.csv: training alone, without evaluations."""
     with open(FOLDER / "speed.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["hardware"].endswith(REFERENCE)]
-    rates = {row["algorithm"]: float(row["steps_per_second"]) for row in rows}
-    here = [run for run in runs if run.dataset == dataset and run.algorithm in rates]
-    here = [run for run in here if run.algorithm != "gan_world_model"]  # two kinds of steps
-    return [replace(run, cpu=run.steps / rates[run.algorithm] / 60) for run in here]
+    found = {row["algorithm"]: float(row["steps_per_second"]) for row in rows}
+    return {name: x for name, x in found.items() if name != "gan_world_model"}  # two kinds of steps
+
+
+def in_minutes(runs: list[Run], dataset: str = TIMED[0]) -> list[Run]:
+    """The runs of files on a data set, with the time at which one CPU thread would have been at
+    each evaluation: steps over the steps per second."""
+    known = rates()
+    here = [run for run in runs if run.dataset == dataset and run.algorithm in known]
+    return [replace(run, cpu=run.steps / known[run.algorithm] / 60) for run in here]
+
+
+def quarter_table(runs: list[Run]) -> str:
+    """What a quarter of an hour buys: a row per file, a column per data set, the mean of a run's
+    last three evaluations until then, and the minute of the run's end where that is earlier."""
+    rows = []
+    for name, rate in sorted(rates().items()):
+        cells = []
+        for dataset in TIMED:
+            group = in_minutes([run for run in runs if run.algorithm == name], dataset)
+            ends = min((run.cpu[-1] for run in group), default=0)
+            early = f" (at {ends:.0f})" if ends < 0.9 * QUARTER else ""
+            scores = [run.scores[run.cpu <= 1.01 * QUARTER][-3:].mean() for run in group]
+            cells.append(interval(scores) + early if group else "")
+        if any(cells):
+            rows.append([name, f"{60 * QUARTER * rate:,.0f}", *cells])
+    return markdown([f"{QUARTER} minutes of one CPU thread", "steps", *TIMED], 1, rows)
 
 
 def minutes_table(runs: list[Run]) -> str:
@@ -499,21 +516,29 @@ def plot(runs: list[Run], path: Path, unit: str, palette: dict, timed: bool = Fa
 
 
 def draw_minutes(runs: list[Run], path: Path, palette: dict) -> None:
-    """Scores against minutes of one CPU thread, each file's mean over the seeds and each seed."""
-    figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-    for name in sorted({run.algorithm for run in runs}):
-        group = [run for run in runs if run.algorithm == name]
-        n = min(len(run.scores) for run in group)
-        smooth = np.array([running_mean(run.scores[:n]) for run in group])
-        for one in smooth:
-            axis.plot(group[0].cpu[:n], one, color=palette[name], lw=0.7, alpha=0.3)
-        axis.plot(group[0].cpu[:n], smooth.mean(0), color=palette[name], lw=2, label=name)
-    axis.set(xscale="log", xlabel="minutes of one CPU thread", ylabel="normalised score")
-    ticks = (0.1, 0.3, 1, 3, 10, 30, 60)
-    axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
-    figure.legend(loc="outside right center", frameon=False)
+    """Scores against minutes of one CPU thread, a panel per data set: each file's mean over the
+    seeds and each seed."""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 7), sharey=True, layout="constrained")
+    lines = {}
+    for axis, dataset in zip(axes.flat, TIMED):
+        here = in_minutes(runs, dataset)
+        for name in sorted({run.algorithm for run in here}):
+            group = [run for run in here if run.algorithm == name]
+            n = min(len(run.scores) for run in group)
+            smooth = np.array([running_mean(run.scores[:n]) for run in group])
+            at, look = group[0].cpu[:n], dict(color=palette[name])
+            for one in smooth:
+                axis.plot(at, one, lw=0.7, alpha=0.3, **look)
+            (lines[name],) = axis.plot(at, smooth.mean(0), lw=2, **look)
+        axis.set(title=dataset, xscale="log", xlabel="minutes of one CPU thread", xlim=(0.1, 60))
+        ticks = (0.1, 0.3, 1, 3, 10, 30, 60)
+        axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("normalised score")
+    axes[1, 1].axis("off")
+    axes[1, 1].legend([lines[x] for x in sorted(lines)], sorted(lines), loc="center", frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -576,12 +601,12 @@ def ours() -> str:
     if not runs:
         raise SystemExit(f"No runs in {FOLDER / 'runs'}: <algorithm>/<data set>/seed<k>/eval.csv.")
     timed = [run for run in runs + read_runs("minutes") if run.budget]
-    runs, short = [run for run in runs if not run.budget], read_runs("short")
-    palette = colours(runs + short + timed)
+    runs, quarter = [run for run in runs if not run.budget], read_runs("quarter_hour")
+    palette = colours(runs + timed)
     readme = FOLDER.parent / "README.md"
     offline = [run for run in runs if run.algorithm not in ONLINE]
     online = [run for run in runs if run.algorithm in ONLINE]
-    equal = at_equal_steps(with_long(read_runs("study"), offline))
+    equal = at_equal_steps(completed(read_runs("study"), offline))
     names = sorted([*FILES, FAST])
     text = f"# Results\n\n{tables(offline)}\n## Beside other code and other flags\n\n"
     text += f"![curves](beside.png)\n\n## Behind the data sets\n\n{tables(online)}\n"
@@ -591,18 +616,13 @@ def ours() -> str:
     page = FOLDER.parent / "docs" / "results.md"
     insert(page, "together", f"{side_by_side(equal, names)}\n{aggregate(equal)}")
     insert(page, "calibration", calibration_table())
-    names = sorted([*FILES, "a2po_one_sigma"])  # its few steps are of A2PO with the paper's ξ
-    insert(page, "short", side_by_side(short, names))
-    here = {run.dataset for run in short}
-    long = [run for run in offline if run.dataset in here]
-    insert(page, "every", every_file(with_long(short, long), names))
-    insert(page, "corl", against_corl(runs + short))
+    insert(page, "corl", against_corl(runs + quarter))
     own, thousands = [run for run in equal if run.algorithm in (*FILES, FAST)], "steps (thousands)"
     plot(own, FOLDER / "curves.png", f"gradient {thousands}", palette)
     plot(beside(offline), FOLDER / "beside.png", f"gradient {thousands}", palette)
-    clocked = in_minutes(offline)
-    insert(page, "clock", minutes_table(clocked))
-    draw_minutes(clocked, FOLDER / "clock.png", palette)
+    insert(page, "clock", minutes_table(in_minutes(offline)))
+    insert(page, "quarter", quarter_table(completed(quarter, offline)))
+    draw_minutes(most_evaluated(offline + quarter), FOLDER / "clock.png", palette)
     plot([run for run in online if run.algorithm == "sac"], FOLDER / "sac.png", thousands, palette)
     return text + of_equal_time(timed, palette)
 

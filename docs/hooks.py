@@ -254,29 +254,26 @@ def results(name: str) -> str:
         text += "| after | data | seeds | final | best | minutes |\n|---|---|--:|--:|--:|--:|\n"
     for after, data, _, *numbers in rows:
         text += f"| {after} | {data} | {' | '.join(numbers)} |\n"
-    text += first_steps(name) + curves(name)
+    text += quarter_hour(name) + curves(name)
     return text or "No run of this file is in `benchmark_results` yet.\n"
 
 
-def first_steps(name: str) -> str:
-    """What docs/results.md says of an algorithm in its table of every file, after few steps."""
-    text = read("docs/results.md").partition("<!-- every: begin -->")[2]
-    text = text.partition("<!-- every: end -->")[0]
-    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
-        head, _, *rows = table.splitlines()
-        row = [row for row in rows if row.startswith(f"| {name} |")]
-        if row:
-            cells = [cell.strip() for cell in f"{head}{row[0]}".split("|")]
-            steps, *data = cells[1 : len(cells) // 2]
-            numbers = cells[len(cells) // 2 + 2 : -1]
-            pairs = [f"{number} on `{which}`" for which, number in zip(data, numbers, strict=True)]
-            return f"\nAfter {steps}, three seeds: {', '.join(pairs)}.\n"
+def quarter_hour(name: str) -> str:
+    """What docs/results.md says of an algorithm in its table of a quarter of an hour."""
+    text = read("docs/results.md").partition("<!-- quarter: begin -->")[2]
+    text = text.partition("<!-- quarter: end -->")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[1:]]
+    for row in rows:
+        if row[0] == name:
+            there = [f"{score} on `{data}`" for data, score in zip(rows[0], row) if score][2:]
+            span = "[15 minutes of one CPU thread](../results.md#a-quarter-of-an-hour)"
+            return f"\nAfter {span}, or at the minute in brackets: {', '.join(there)}.\n"
     return ""
 
 
 def curves(name: str) -> str:
     """The score at each evaluation of an algorithm's longest runs, as a drawing."""
-    for folder in ("runs", "short"):
+    for folder in ("runs", "quarter_hour"):
         paths = sorted((ROOT / "benchmark_results" / folder / name).glob("*/seed*/eval.csv"))
         lines = {}  # data set -> [[(step, score)]]
         for path in paths:

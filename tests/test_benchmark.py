@@ -654,7 +654,7 @@ def test_ours_is_what_the_pages_show(report):
     shown = (ROOT / "benchmark_results/results.md").read_text()
     for line in report.tables(runs).splitlines():
         assert line in shown
-    equal = report.at_equal_steps(report.with_long(report.read_runs("study"), runs))
+    equal = report.at_equal_steps(report.completed(report.read_runs("study"), runs))
     names = sorted([*report.FILES, report.FAST])
     several = report.on_several(equal, names)
     assert "a2po" in several and "cql" not in several  # so far
@@ -662,10 +662,9 @@ def test_ours_is_what_the_pages_show(report):
     page = (ROOT / "docs/results.md").read_text()
     assert report.side_by_side(equal, names) in page
     assert report.minutes_table(report.in_minutes(runs)) in page
-    short = report.side_by_side(
-        report.read_runs("short"), sorted([*report.FILES, "a2po_one_sigma"])
-    )
-    assert short in page
+    quarter = report.read_runs("quarter_hour")
+    assert report.quarter_table(report.completed(quarter, runs)) in page
+    assert report.against_corl(runs + quarter) in page
 
 
 def test_help_of_the_report(report):
@@ -693,37 +692,58 @@ def test_report_sets_runs_of_equal_steps_side_by_side(report):
     runs = cell("bc", "x", 10, 1.0, 3.0) + cell("iql", "x", 10, 7.0) + cell("iql", "y", 10, 8.0)
     runs += cell("corl_iql", "x", 10, 5.0, 6.0) + cell("corl_iql", "y", 20, 9.0)
     runs += cell("cql", "x", 20, 0.5) + cell("iql_wide", "y", 10, 9.5)
+    more = [(5, 2.0), (15, 3.0)], [(5, 6.0), (10, 7.0)]  # evaluated at other steps
+    for name, points in zip(("td3", "corl_td3"), more):
+        steps, scores = np.array(points).T
+        runs.append(report.Run(name, "x", "0", steps, scores, 1.0))
     lines = report.side_by_side(runs).splitlines()
     assert lines[0] == "| 10 steps | bc | iql |"
     assert lines[2:] == ["| x | 2.0 | 7.0 |", "| y |  | 8.0 |"]
-    lines = report.against_corl(runs).splitlines()
-    assert lines[0] == "| 10 steps | algorithm | seeds | final | CORL's seeds | CORL's final |"
-    assert lines[2:] == ["| x | iql | 1 | 7.0 | 2 | 5.5 (5.0 to 6.0) |"]
-
-
-def test_report_cuts_every_file_where_its_shortest_run_ends(report):
-    def run(name, dataset, seed, steps):
-        at = np.arange(10.0, steps + 1, 10)  # the score at a step is the step
-        return report.Run(name, dataset, str(seed), at, at, 1.0)
-
-    runs = [run(name, d, s, 20) for name in ("bc", "iql") for d in "xy" for s in range(3)]
-    runs[0].steps, runs[0].scores = np.arange(10.0, 51, 10), np.arange(10.0, 51, 10)
-    runs += [run("bc", "z", s, 10) for s in range(3)] + [run("iql", "z", 0, 10)]  # one file alone
-    runs += [run("corl_iql", "x", s, 10) for s in range(3)] + [
-        run("td3_bc", "x", s, 10) for s in "12"
+    ten, five = (part.splitlines() for part in report.against_corl(runs).split("\n\n"))
+    assert ten[0] == "| 10 steps | algorithm | seeds | final | CORL's seeds | CORL's final |"
+    assert ten[2:] == [
+        "| x | iql | 1 | 7.0 | 2 | 5.5 (5.0 to 6.0) |",
+        "| y | iql | 1 | 8.0 | 1 | 9.0 |",  # its 20 steps and ours share the tenth
     ]
-    runs += [run("a2po", "y", s, 10) for s in range(3)]
-    ten, twenty = (part.splitlines() for part in report.every_file(runs).split("\n\n"))
-    assert ten[0] == "| 10 steps | x | y |" and ten[2:] == ["| a2po |  | 10.0 |"]
-    assert twenty[0] == "| 20 steps | x | y |"
-    assert twenty[2:] == ["| bc | 20.0 | 20.0 |", "| iql | 20.0 | 20.0 |"]
-    assert report.every_file([]) == ""
+    assert five[0].startswith("| 5 steps |") and five[2:] == ["| x | td3 | 1 | 2.0 | 1 | 6.0 |"]
 
-    short = [run("bc", "x", 0, 10), run("iql", "y", 0, 10)]
-    long = [run(name, d, 0, 90) for name in ("bc", "iql") for d in "xz"]
-    more = [run for run in report.with_long(short, long) if run not in short]
-    shown = [(run.algorithm, run.dataset, run.steps[-1]) for run in more]
+
+def test_report_completes_runs_with_others_of_the_same_data(report):
+    def run(name, dataset, steps):
+        return report.Run(name, dataset, "0", np.array([steps]), np.ones(1), 1.0)
+
+    first = [run("bc", "x", 10), run("iql", "y", 10)]
+    others = [run(name, d, 90) for name in ("bc", "iql") for d in "xz"]
+    more = report.completed(first, others)
+    assert more[:2] == first
+    shown = [(each.algorithm, each.dataset, each.steps[-1]) for each in more[2:]]
     assert shown == [("bc", "z", 90), ("iql", "x", 90), ("iql", "z", 90)]
+    first[0].steps, first[0].scores = np.array([5, 10]), np.ones(2)
+    kept = report.most_evaluated(first + others)
+    lengths = {(each.algorithm, each.dataset): each.steps[-1] for each in kept}
+    assert lengths[("bc", "x")] == 10 and lengths[("iql", "x")] == 90 and len(kept) == 5
+
+
+def test_a_quarter_of_an_hour_has_the_steps_of_a_thread(report):
+    """td3_bc makes 14,195 steps a minute, rebrac 1,893; a score is its evaluation's number."""
+
+    def runs(name, dataset, last, every, seeds):
+        at = np.arange(every, last + 1, every)
+        return [
+            report.Run(name, dataset, str(k), at, np.arange(1.0, len(at) + 1) + 3 * k, 1.0)
+            for k in range(seeds)
+        ]
+
+    hopper, cheetah, walker = report.TIMED
+    found = runs("td3_bc", hopper, 300_000, 20_000, 3)  # ten evaluations until 212,926 steps
+    found += runs("td3_bc", cheetah, 100_000, 20_000, 2)
+    found += runs("rebrac", hopper, 100_000, 10_000, 1)  # two until 28,393
+    found += runs("rebrac", walker, 27_000, 9_000, 1)
+    found += runs("gan_world_model", hopper, 9, 1, 1) + runs("mine", hopper, 9, 1, 1)
+    head, _, *rows = report.quarter_table(found).splitlines()
+    assert head == f"| 15 minutes of one CPU thread | steps | {hopper} | {cheetah} | {walker} |"
+    assert rows[0] == "| rebrac | 28,393 | 1.5 |  | 2.0 |"
+    assert rows[1] == "| td3_bc | 212,926 | 12.0 [9.0, 15.0] | 5.5 (at 7) |  |" and len(rows) == 2
 
 
 def test_report_cuts_runs_at_equal_steps(report):

@@ -178,6 +178,14 @@ def test_results_are_those_of_the_benchmark(hooks, monkeypatch, tmp_path):
     (folder / "minutes" / "results.md").write_text(table)
     row = "| 4,321 steps | hopper | 1 | 5.0 | 6.0 | 15.0 CPU minutes |"
     assert row in hooks.results("cql") and "4,321" not in hooks.results("iql")
+    quarter = "| 15 minutes of one CPU thread | steps | hopper | ant |\n|---|--:|--:|--:|\n"
+    quarter += "| bc | 90 | 5.0 [4.0, 6.0] (at 2) |  |\n| iql | 80 | 1.5 | 2.5 |\n"
+    quarter = f"<!-- quarter: begin -->\n{quarter}<!-- quarter: end -->\n| bc | 1 | 2 | 3 |\n"
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "results.md").write_text(quarter)
+    assert "in brackets: 5.0 [4.0, 6.0] (at 2) on `hopper`.\n" in hooks.results("bc")
+    assert "in brackets: 1.5 on `hopper`, 2.5 on `ant`.\n" in hooks.results("iql")
+    assert "in brackets" not in hooks.results("cql")
 
 
 def test_what_a_shared_link_shows(site):
