@@ -21,7 +21,7 @@ shown samples away from the data, so its disbelief says where that is, and is ch
 Measured: pendulum-medium-replay, 7,000 steps (2,000 of them the model's) of small networks, five
 seeds: score 100.2, without the adversary 69.8, with an untrained model 0.1, cloning 0.9; without a
 penalty 99.6 and, on four seeds of five, without imagined data 100: neither is needed there. On
-hopper-medium-replay, 38,000 steps (8,000 the model's), τ = 0.02: 27, 47 and 55, cloning 15.5.
+hopper-medium-replay, 38,000 steps (8,000 the model's), τ = 0.02: 62, 56 and 38, cloning 15.5.
 
 Differs from the paper / official code:
 - MOAN's code (github.com/junming-yang/MOAN) charges the largest |σ_i| plus 0.1 ((1 - D) - 0.5),

@@ -19,9 +19,8 @@ The paper tunes β_1 and β_2 per data set; these flags are its values for D4RL 
 .001 .01, .01 .001, .01 .1; walker2d .05 .1, .05 .01, .01 .01. Here they begin at .05 and .5.
 
 Measured: pendulum-unimodal (demonstrations), 4,000 steps of small networks, five seeds: score 68.8,
-without both penalties -11.3. On hopper-medium-replay 94.9 and 96.4 after 100,000 steps (mean of the
-last five evaluations, two seeds), where TD3+BC has 81.3 on average of three; 77 minutes on one CPU
-thread at --matmul-precision medium beside another run.
+without both penalties -11.3. On hopper-medium-replay 96.0, 96.5 and 98.9 after 100,000 steps (mean
+of the last five evaluations, three seeds), where TD3+BC has 81.3 on average of three.
 
 Differs from the paper / official code:
 - LayerNorm in the critic alone, as in the configurations behind the paper's tables.
