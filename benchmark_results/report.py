@@ -44,6 +44,15 @@ FAST = "td3_bc_tau_0.02"  # TD3+BC with A2PO's speed of the target networks: wha
 FOLDER = Path(__file__).resolve().parent
 CALIBRATION = FOLDER.parent / "tests" / "calibration"
 FILES = sorted(path.stem for path in (FOLDER.parent / "algorithms").glob("*.py"))
+PUBLISHED = {  # of published.csv, by its column `source`
+    "corl": "[CORL](https://github.com/tinkoff-ai/CORL)'s own files: the last score, mean and"
+    " standard deviation of four seeds",
+    "diffuser": "the paper's table in [Diffuser's repository](https://github.com/jannerm/diffuser)",
+    "robomimic": "[robomimic](https://robomimic.github.io/docs/datasets/d4rl.html)'s own code: the"
+    " mean of the last ten evaluations",
+    "wizwand": "the paper, as [a collection of scores](https://www.wizwand.com/paper/"
+    "68fa75b91e209131cea698f2) quotes it",
+}
 HEAD = """# Results
 
 `final`: mean of the last five evaluations; `best`: the best single one, which needs access to the
@@ -440,6 +449,26 @@ def calibration_table() -> str:
     return markdown(["case", "ablation", "seeds", "score at the end"], 2, rows)
 
 
+def published() -> dict[str, str]:
+    """For each algorithm that published.csv has: who found what on D4RL's own files, a table."""
+    with open(FOLDER / "published.csv") as file:
+        rows = list(csv.DictReader(file))
+    kinds, tables, sources = ("medium", "medium-replay", "medium-expert"), defaultdict(dict), {}
+    for row in rows:
+        name, _, flags = row["algorithm"].partition(" ")
+        task, _, kind = row["dataset"].partition("-")
+        line = tables[name].setdefault(
+            (flags, task), [task + f" `{flags}`" * bool(flags), "", "", ""]
+        )
+        line[1 + kinds.index(kind)] = " ± ".join(filter(None, (row["score"], row["std"])))
+        sources[name] = PUBLISHED[row["source"]]
+    head = ["D4RL, `-v2`", *(f"`-{kind}`" for kind in kinds)]
+    return {
+        name: f"Source: {sources[name]}.\n\n{markdown(head, 1, [lines[k] for k in sorted(lines)])}"
+        for name, lines in sorted(tables.items())
+    }
+
+
 def insert(path: Path, name: str, text: str) -> None:
     """Puts generated text between two markers of a page."""
     begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
@@ -616,6 +645,8 @@ def ours() -> str:
     page = FOLDER.parent / "docs" / "results.md"
     insert(page, "together", f"{side_by_side(equal, names)}\n{aggregate(equal)}")
     insert(page, "calibration", calibration_table())
+    for name, shown in published().items():
+        insert(page.parent / "algorithms" / f"{name}.md", "published", shown)
     insert(page, "corl", against_corl(runs + quarter))
     own, thousands = [run for run in equal if run.algorithm in (*FILES, FAST)], "steps (thousands)"
     plot(own, FOLDER / "curves.png", f"gradient {thousands}", palette)

@@ -667,6 +667,18 @@ def test_ours_is_what_the_pages_show(report):
     assert report.against_corl(runs + quarter) in page
 
 
+def test_published_scores_stand_on_their_pages(report):
+    shown = report.published()
+    for name, text in shown.items():
+        page = (ROOT / f"docs/algorithms/{name}.md").read_text()
+        block = page.partition("<!-- published: begin -->\n")[2]
+        assert block.startswith(f"{text}<!-- published: end -->"), "report.py writes it"
+    assert "| hopper | 67.53 ± 3.78 | 97.43 ± 6.39 | 107.42 ± 7.80 |" in shown["iql"]
+    assert "| walker2d `--frac 0.1` | 67.34 ± 5.17 |" in shown["bc"]
+    assert "| halfcheetah | 46.8 |  | 89.9 |" in shown["cvae_bcq"]
+    assert "robomimic" in shown["cvae_bcq"] and "| halfcheetah |" not in shown["a2po"]
+
+
 def test_help_of_the_report(report):
     script = str(ROOT / "benchmark_results" / "report.py")
     done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
