@@ -26,6 +26,7 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -53,6 +54,26 @@ PUBLISHED = {  # of published.csv, by its column `source`
     "wizwand": "the paper, as [a collection of scores](https://www.wizwand.com/paper/"
     "68fa75b91e209131cea698f2) quotes it",
 }
+SENTENCES = """
+**Where good data are rare**, one transition of ten an expert's (`hopper-random-expert-10` and
+`walker2d-random-expert-10`), A2PO has {rare[a2po]} after 60,000 steps and TD3+BC {rare[td3_bc]};
+with targets as fast as A2PO's (`td3_bc_tau_0.02`) TD3+BC has {rare[td3_bc_tau_0.02]}, IQL has
+{rare[iql]}, and ReBRAC, one seed of Walker2d, {walker[rebrac]} after 40,000 dearer steps.
+
+**Where a third is an expert's** (`hopper-random-medium-expert`) A2PO has {mixed[a2po]}, TD3+BC
+with targets as fast is level ({mixed[td3_bc_tau_0.02]}), as published it has {mixed[td3_bc]}, and
+cloning {mixed[bc]}.
+
+**On a replay buffer** (`hopper-medium-replay`) ReBRAC is first after 100,000 steps with
+{replay[rebrac]}, before TD3+BC ({replay[td3_bc]}), IQL ({replay[iql]}) and A2PO
+({replay[a2po]}); cloning has {replay[bc]}, with a VAE {replay[vae_bc]}.
+
+**In little time** IQL is first there, with {five[iql]} after five minutes of a CPU thread, where
+A2PO has {five[a2po]}, TD3+BC {five[td3_bc]} and ReBRAC {five[rebrac]}, which has {late} after 45.
+
+**What that is worth**: three seeds at most, whose last evaluations can lie 50 points apart, on
+data of our own; it shows that the files learn and what they need, and ranks nothing elsewhere.
+"""
 HEAD = """# Results
 
 `final`: mean of the last five evaluations; `best`: the best single one, which needs access to the
@@ -449,6 +470,34 @@ def calibration_table() -> str:
     return markdown(["case", "ablation", "seeds", "score at the end"], 2, rows)
 
 
+def five_sentences(long: list[Run], equal: list[Run], quarter: list[Run]) -> str:
+    """Who is good at what, and what that is worth: every number is of the runs."""
+
+    def final(runs, dataset):
+        ends = defaultdict(list)
+        for run in runs:
+            if run.dataset == dataset:
+                ends[run.algorithm].append(run.final)
+        return {name: f"{np.mean(values):.0f}" for name, values in ends.items()}
+
+    def after(minutes, name):
+        group = [run for run in in_minutes(long) if run.algorithm == name]
+        return f"{np.mean([run.scores[run.cpu <= minutes][-3:].mean() for run in group]):.0f}"
+
+    hopper, walker = (final(equal, f"{task}-random-expert-10") for task in ("hopper", "walker2d"))
+    text = SENTENCES.format(
+        rare={name: f"{hopper[name]} and {walker[name]}" for name in hopper.keys() & walker.keys()},
+        mixed=final(equal, "hopper-random-medium-expert"),
+        replay=final(long, TIMED[0]),
+        walker=final(quarter, TIMED[2]),
+        five={name: after(5, name) for name in ("iql", "a2po", "td3_bc", "rebrac")},
+        late=after(45, "rebrac"),
+    )
+    options = dict(width=110, subsequent_indent="   ", break_on_hyphens=False)
+    sentences = text.strip().split("\n\n")
+    return "".join(fill(f"{n}. {x}", **options) + "\n" for n, x in enumerate(sentences, 1))
+
+
 def published() -> dict[str, str]:
     """For each algorithm that published.csv has: who found what on D4RL's own files, a table."""
     with open(FOLDER / "published.csv") as file:
@@ -645,6 +694,8 @@ def ours() -> str:
     page = FOLDER.parent / "docs" / "results.md"
     insert(page, "together", f"{side_by_side(equal, names)}\n{aggregate(equal)}")
     insert(page, "calibration", calibration_table())
+    for place in (readme, page):
+        insert(place, "sentences", five_sentences(offline, equal, quarter))
     for name, shown in published().items():
         insert(page.parent / "algorithms" / f"{name}.md", "published", shown)
     insert(page, "corl", against_corl(runs + quarter))

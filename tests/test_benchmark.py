@@ -5,6 +5,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -665,6 +666,19 @@ def test_ours_is_what_the_pages_show(report):
     quarter = report.read_runs("quarter_hour")
     assert report.quarter_table(report.completed(quarter, runs)) in page
     assert report.against_corl(runs + quarter) in page
+    said = report.five_sentences(runs, equal, quarter)
+    assert said in page and said in (ROOT / "README.md").read_text()
+    # What the words of these sentences claim of their numbers.
+    one, two, three, four, five = said.replace("\n   ", " ").splitlines()
+    rare = re.findall(r"(\d+) and (\d+)", one)
+    assert len(rare) == 4 and all(max(int(x[k]) for x in rare) == int(rare[0][k]) for k in (0, 1))
+    a2po, fast, slow, bc = (int(x) for x in re.findall(r"(?<=[ (])\d+(?=[,).])", two))
+    assert abs(a2po - fast) < 5 < a2po - slow and bc < slow
+    ends = [int(x) for x in re.findall(r"(?<=[ (])\d+(?=[,).;])", three.replace("100,000", ""))]
+    assert len(ends) == 6 and ends == sorted(ends, reverse=True)
+    iql, *others, late, _ = map(int, re.findall(r"(?<= )\d+", four.partition("IQL")[2]))
+    assert len(others) == 3 and iql > max(others) and late > iql
+    assert "three seeds at most" in five
 
 
 def test_published_scores_stand_on_their_pages(report):
