@@ -681,6 +681,22 @@ def test_ours_is_what_the_pages_show(report):
     assert "three seeds at most" in five
 
 
+def test_committed_runs_say_how_they_were_made():
+    without = set()
+    for path in (ROOT / "benchmark_results").glob("*/*/*/seed*/eval.csv"):
+        config = run.read(path.parent / "config.json")
+        if not config:
+            without.add(path.parts[-4])
+            continue
+        args, last = config["args"], run.last_step(path.parent)
+        assert config["task"]["digest"] and config["torch"], path
+        assert last <= config.get("steps_reached", args["steps"]) <= args["steps"], path
+        assert not Path(args["run_dir"]).is_absolute(), path
+        assert str(args["seed"]) == path.parts[-2].removeprefix("seed"), path
+    # Other people's code, and SAC that made the data: from before the files wrote one.
+    assert without <= {"official_a2po", "corl_bc", "corl_bc_frac_0.1", "corl_td3_bc", "sac"}
+
+
 def test_published_scores_stand_on_their_pages(report):
     shown = report.published()
     for name, text in shown.items():
