@@ -273,20 +273,21 @@ def quarter_hour(name: str) -> str:
 
 def curves(name: str) -> str:
     """The score at each evaluation of an algorithm's longest runs, as a drawing."""
+    lines, folders = {}, []  # data set -> [[(step, score)]]
     for folder in ("runs", "quarter_hour"):
-        paths = sorted((ROOT / "benchmark_results" / folder / name).glob("*/seed*/eval.csv"))
-        lines = {}  # data set -> [[(step, score)]]
-        for path in paths:
+        found = {}
+        paths = (ROOT / "benchmark_results" / folder / name).glob("*/seed*/eval.csv")
+        for path in sorted(paths):
             rows = csv.DictReader(path.read_text().splitlines())
             points = [(float(row["step"]), float(row["score"])) for row in rows if row["score"]]
-            if len(points) > 1:  # one point is no curve
-                lines.setdefault(path.parts[-3], []).append(points)
-        if lines:
-            return drawn(name, lines, folder)
-    return ""
+            if len(points) > 1 and path.parts[-3] not in lines:  # one point is no curve
+                found.setdefault(path.parts[-3], []).append(points)
+        folders += [f"<code>benchmark_results/{folder}/{name}</code>"] * bool(found)
+        lines |= found
+    return drawn(lines, " and ".join(folders)) if lines else ""
 
 
-def drawn(name: str, lines: dict, folder: str) -> str:
+def drawn(lines: dict, where: str) -> str:
     points = [point for group in lines.values() for run in group for point in run]
     last, low = max(x for x, _ in points), min(0.0, *(y for _, y in points))
     high = max(100.0, *(y for _, y in points))
@@ -313,8 +314,7 @@ def drawn(name: str, lines: dict, folder: str) -> str:
             f'<polyline stroke="{colour}" points="{" ".join(at(x, y) for x, y in run)}"/>'
             for run in group
         ]
-    where = f"benchmark_results/{folder}/{name}"
-    caption = f"Score at each evaluation, a line for each seed, from <code>{where}</code>."
+    caption = f"Score at each evaluation, a line for each seed, from {where}."
     svg.append(f"</svg><figcaption>{caption}</figcaption>")
     return f'\n<figure class="curves">{"".join(svg)}</figure>\n'
 

@@ -162,11 +162,17 @@ def test_results_are_those_of_the_benchmark(hooks, monkeypatch, tmp_path):
     table += "|---|---|--:|--:|--:|--:|\n| hopper | bc | 2 | 30.0 | 41.0 | 3 |\n"
     table += "| hopper | iql | 3 | 7.0 [6.0, 8.0] | 9.0 | 4 |\n"
     (folder / "results.md").write_text(f"# Results\n\n{table}\n\nMore text.\n")
+    for where, step in {"hopper": 800, "ant": 300}.items():  # the first has longer runs already
+        more = folder / "quarter_hour" / "bc" / where / "seed0"
+        more.mkdir(parents=True)
+        (more / "eval.csv").write_text(f"step,score\n100,1\n{step},2\n")
     monkeypatch.setattr(hooks, "ROOT", tmp_path)
     text = hooks.results("bc")
-    assert "| 400 steps | hopper | 2 | 30.0 | 41.0 | 3 |" in text and "7.0" not in text
+    assert "| 400 steps | hopper | 2 | 30.0 | 41.0 | 3 |" in text and "7.0 [" not in text
     lines = [line.split() for line in re.findall(r'points="([^"]+)"', text)]
-    assert [len(line) for line in lines] == [3, 3]
+    assert [len(line) for line in lines] == [2, 3, 3], "ant's, then both seeds of hopper"
+    assert "runs/bc</code> and <code>benchmark_results/quarter_hour/bc</code>" in text
+    del lines[0]
     (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in lines[0])
     assert x1 - x0 == pytest.approx((x2 - x0) / 3, abs=0.2), "steps are to scale"
     assert y0 - y1 == pytest.approx((y0 - y2) / 3, abs=0.2), "scores are to scale, upwards"
