@@ -41,7 +41,6 @@ import functools
 import hashlib
 import json
 import math
-import re
 import signal
 import sys
 import time
@@ -57,7 +56,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from gymnasium.envs.registration import EnvSpec
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -95,9 +93,9 @@ class Args:
     dataset: str = "hopper-medium-replay"  # one of datasets/, a Minari id, or a path (.hdf5, .npz)
     env_id: str = ""  # where to evaluate, also module:Id; empty: the data's; none: nowhere
     seed: int = 0  # seed of the networks, the batches, the held-out episodes and the evaluation
+    validation_fraction: float = 0.05  # share of the episodes held out, for validation losses
     eval_every: int = 5000  # gradient steps between evaluations, the last step's is one; 0: never
     eval_episodes: int = 10  # episodes per evaluation, all stepped together
-    validation_fraction: float = 0.05  # share of the episodes held out, for validation losses
     threads: int = 1  # CPU threads; small networks gain little from more, other runs lose much
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1 or mps
     matmul_precision: Literal["highest", "high", "medium"] = "high"  # medium: bfloat16, with AMX
@@ -106,7 +104,7 @@ class Args:
     resume: bool = False  # continue from the checkpoint in the run directory
     save_every: int = 50_000  # gradient steps between checkpoints; evaluations, the end, Ctrl-C too
     evaluate: str = ""  # a checkpoint or its folder: evaluate its policy, no training
-    capture_video: bool = False  # record an episode of the last evaluation as MP4
+    capture_video: bool = False  # the last evaluation as MP4; without a screen: MUJOCO_GL=egl
 
 
 # ------------------------------------------------------------------------------------ Networks
@@ -474,7 +472,8 @@ SCORES = {"HalfCheetah": (-280.178953, 12135.0), "Hopper": (-20.272305, 3234.3)}
 SCORES |= {"Walker2d": (1.629008, 4592.3), "Ant": (-325.6, 3879.7)}
 OURS = Path(__file__).resolve().parent.parent / "datasets"
 COLUMNS = "terminals timeouts rewards actions observations next_observations final_observations"
-ABOUT = "action_low action_high ref_min_score ref_max_score"
+KNOWN = {*COLUMNS.split(), *"truncations env_id action_low action_high".split()}
+KNOWN |= {"ref_min_score", "ref_max_score"}
 
 
 def check(holds, sentence: str) -> None:
@@ -497,30 +496,27 @@ def read_dataset(name: str) -> dict:
     file = next((p for p in (Path(name), OURS / f"{name}.hdf5") if p.is_file()), None)
     if file:
         with np.load(file) if file.suffix == ".npz" else h5py.File(file) as found:
-            keys = [key for key in f"{COLUMNS} {ABOUT} truncations env_id".split() if key in found]
-            return {**getattr(found, "attrs", {}), **{key: found[key][()] for key in keys}}
+            arrays = {key: found[key][()] for key in KNOWN & found.keys()}
+            return {**getattr(found, "attrs", {}), **arrays}
     folder = next((p for p in (name, f"{name}/data") if Path(p, "metadata.json").exists()), "")
-    is_id = re.fullmatch(r"([\w-]+/)+[\w-]+-v\d+", name) or name in minari.list_local_datasets()
-    there = f"at hand are {', '.join(sorted(path.stem for path in OURS.glob('*.hdf5')))}"
+    ok = ("/" in name and name.split("-v")[-1].isdigit()) or name in minari.list_local_datasets()
+    there = ", ".join(sorted(path.stem for path in OURS.glob("*.hdf5"))) or "none"
     make = f"`python datasets/make.py {name}` makes or fetches what is ours or D4RL's (--list)"
-    check(folder or is_id, f"No data set '{name}': {there}; {make}.")
+    check(folder or ok, f"No data set '{name}'. At hand: {there}; {make}.")
     data = minari.MinariDataset(folder) if folder else minari.load_dataset(name, download=True)
     env, box = getattr(data, "_eval_env_spec", None) or data.env_spec, data.action_space
-    seen = data.observation_space
-    ok = isinstance(seen, gym.spaces.Box | gym.spaces.Dict) and isinstance(box, gym.spaces.Box)
-    check(ok, f"Data set '{name}' has {seen} and {box}, not arrays of numbers.")
-    if isinstance(seen, gym.spaces.Dict):
-        print(f"{name}: an observation is {', '.join(sorted(seen))}, joined in this order")
+    for space in (data.observation_space, box):
+        ok = isinstance(space, gym.spaces.Box | gym.spaces.Dict)
+        check(ok, f"Data set '{name}' has {space}, not arrays of numbers.")
 
     def joined(x):  # as FlattenObservation does it; a discrete part has one axis, and fails
         return np.concatenate([joined(x[k]) for k in sorted(x)], 1) if isinstance(x, dict) else x
 
-    parts = [(e.terminations, e.truncations, e.rewards, e.actions, e.observations) for e in data]
-    *columns, states = zip(*parts)
-    columns += zip(*((s[:-1], s[1:]) for s in map(joined, states)))
+    parts = ((e, joined(e.observations)) for e in data)
+    rows = [(e.terminations, e.truncations, e.rewards, e.actions, s[:-1], s[1:]) for e, s in parts]
     about = {"action_low": box.low, "action_high": box.high} | data.storage.metadata
     about["env_id"] = env.to_json() if env else "none"
-    return about | {key: np.concatenate(x) for key, x in zip(COLUMNS.split(), columns)}
+    return about | dict(zip(COLUMNS.split(), map(np.concatenate, zip(*rows))))
 
 
 def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], dict]:
@@ -539,9 +535,9 @@ def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], di
     raw.setdefault("timeouts", raw.get("truncations", np.zeros(n)))
     for key in [key for key in COLUMNS.split() if key in raw]:
         with explained(f"{of}: '{key}'"):
-            v, rows = np.asarray(raw[key]), n
-            if "final" in key:  # our own files hold a successor once: in the next row, or here
-                rows = int((x["terminals"] + x["timeouts"] > 0).sum())
+            v = np.asarray(raw[key])
+            # Our own files hold a successor once: in the next row, or as an episode's final one.
+            rows = np.count_nonzero(x["terminals"] + x["timeouts"]) if "final" in key else n
             width = v.shape[1] if v.ndim > 1 and key.endswith("ons") else 1
             v = v.reshape(rows, x["observations"].shape[1] if "_obs" in key else width)
             x[key] = v.astype(np.float32)
@@ -555,20 +551,17 @@ def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], di
     own = np.asarray(raw.get("env_id", "none")).astype(str).item()
     task = {"env": env_id or own, "env_id": "none", "sizes": [s.shape[1], a.shape[1]]}
     says = raw if own == "none" or env_id in ("", "none", own) else {}
-    low, high = says.get("action_low", -1.0), says.get("action_high", 1.0)
+    box = gym.spaces.Box(-1, 1, a.shape[1:])
     if task["env"] != "none":
         env = make_env(task)
         task["env_id"], box = env.spec.id, env.action_space
-        low, high = says.get("action_low", box.low), says.get("action_high", box.high)
-        with explained(f"Environment '{env.spec.id}' fails at its first step"):
-            env.reset(seed=0), env.step(box.sample())
+    low, high = says.get("action_low", box.low), says.get("action_high", box.high)
     scores = [says.get("ref_min_score"), says.get("ref_max_score")]
     task["scores"] = None if None in scores else [float(np.ravel(x)[0]) for x in scores]
     with explained(f"{of}: bounds {low} and {high} of its actions"):
         bounds = np.float64([np.broadcast_to(x, a.shape[1:]) for x in (low, high)])  # (2, A)
-    low, high = np.float32(bounds)  # rounded inwards: none leaves its bound
-    low += (low < bounds[0]) * np.spacing(np.abs(low))
-    high -= (high > bounds[1]) * np.spacing(np.abs(high))
+    near = np.float32(bounds)  # where this rounds outwards, one step inwards
+    low, high = np.where([[1], [-1]] * (near - bounds) < 0, np.nextafter(near, near[::-1]), near)
     span = high - low
     ok = np.isfinite(span) & (span > 0) & (a >= low - 1e-4 * span) & (a <= high + 1e-4 * span)
     where = f"first in row {ok.all(1).argmin()}, or these are no bounds"
@@ -603,19 +596,20 @@ def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], di
 # ---------------------------------------------------------------------------------- Evaluation
 
 
-def make_env(task: dict, **options) -> gym.Env:
+def make_env(task: dict, video="") -> gym.Env:
     """The task's environment: an id, also module:Id, or a specification in JSON as Minari has."""
     sys.path += [x for x in ("", str(OURS)) if x not in sys.path]  # for modules of these folders
     env, of = task["env"], f"Environment {task['env'][:50]} (--env-id)"
     with explained(of):
-        env = gym.make(EnvSpec.from_json(env) if env[0] == "{" else env, **options)
-        if isinstance(env.observation_space, gym.spaces.Dict):
-            env = gym.wrappers.FlattenObservation(env)
-    spaces, shapes = (env.observation_space, env.action_space), [(x,) for x in task["sizes"]]
-    ok = all(isinstance(x, gym.spaces.Box) and x.shape == y for x, y in zip(spaces, shapes))
-    check(ok, f"{of} has {spaces[0]} and {spaces[1]}, the data has boxes of shapes {shapes}.")
-    check(env.spec.max_episode_steps, f"{of} has no time limit: register it with one.")
-    return env
+        env = gym.envs.registration.EnvSpec.from_json(env) if env[0] == "{" else env
+        env = gym.make(env, **({"render_mode": "rgb_array"} if video else {}))
+        env = gym.wrappers.FlattenObservation(env)
+        spaces, shapes = (env.observation_space, env.action_space), [(x,) for x in task["sizes"]]
+        ok = all(isinstance(x, gym.spaces.Box) and x.shape == y for x, y in zip(spaces, shapes))
+        check(ok, f"{of} has {spaces[0]} and {spaces[1]}, the data has boxes of shapes {shapes}.")
+        check(env.spec.max_episode_steps, f"{of} has no time limit: register it with one.")
+        env.reset(seed=0), env.step(env.action_space.sample())  # what fails, fails before training
+        return gym.wrappers.RecordVideo(env, str(video), disable_logger=True) if video else env
 
 
 def evaluate(policy, task: dict, episodes: int, seed: int, video="") -> dict[str, float]:
@@ -623,13 +617,9 @@ def evaluate(policy, task: dict, episodes: int, seed: int, video="") -> dict[str
     of all but the first of its actors have a suffix."""
     row = {}
     for suffix, act in policy.actors().items():
-        mode = {"render_mode": "rgb_array"} if video and not suffix else {}
-        envs = [make_env(task, **mode), *(make_env(task) for _ in range(episodes - 1))]
+        envs = [make_env(task, "" if i or suffix else video) for i in range(episodes)]
         returns, lengths, running = np.zeros(episodes), np.zeros(episodes), list(range(episodes))
-        film = "; a film without a screen needs MUJOCO_GL=egl or osmesa" * bool(mode)
-        with explained(f"Environment '{task['env_id']}' failed (what was trained is saved{film})"):
-            if mode:
-                envs[0] = gym.wrappers.RecordVideo(envs[0], str(video), disable_logger=True)
+        with explained(f"Environment '{task['env_id']}' failed (what was trained is saved)"):
             s = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
             while running:
                 for i, a in zip(running[:], act(s[running])):
@@ -670,9 +660,7 @@ def train(args: Args) -> list[dict[str, float]]:
     with explained(f"--device {args.device}"):
         device = torch.empty(0, device=args.device).device
     cuda = [device] if device.type == "cuda" else []
-    for gpu in cuda:
-        torch.cuda.set_device(gpu)
-        torch.cuda.set_stream(torch.cuda.Stream())  # a graph is captured off the default stream
+    [torch.cuda.set_stream(torch.cuda.Stream(x)) for x in cuda]  # graphs need one of their own
     torch.set_float32_matmul_precision(args.matmul_precision)
     torch.set_num_threads(args.threads)
     if args.evaluate:
@@ -713,9 +701,8 @@ def train(args: Args) -> list[dict[str, float]]:
     if args.resume:
         saved = load_policy(checkpoint, args.device).saved
         start, seconds, history = saved["step"], saved["seconds"], saved["history"]
-        free = "steps eval_every eval_episodes save_every threads device matmul_precision run_dir"
-        free = (*free.split(), "cuda_graph", "resume", "evaluate", "capture_video", *Policy.flags)
-        old, new = saved["args"] | saved["task"], asdict(args) | task
+        old, new, flags = saved["args"] | saved["task"], asdict(args) | task, list(vars(args))
+        free = ("steps", *flags[flags.index("eval_every") :], *Policy.flags)
         changed = [f"{key} {old[key]}" for key in old if old[key] != new[key] and key not in free]
         check(not changed, f"--resume: {checkpoint} was made with {', '.join(changed)}.")
         check(start <= args.steps, f"--resume: {checkpoint} is at step {start:,}, past --steps.")
@@ -745,11 +732,9 @@ def train(args: Args) -> list[dict[str, float]]:
         torch.save(state, folder / "checkpoint.tmp")
         (folder / "checkpoint.tmp").replace(checkpoint)  # at once: a crash leaves the old one
 
-    def interrupt(*_):  # heard between two updates; a second one stops at once
-        interrupted.append(1) if not interrupted else sys.exit(1)
-
-    interrupted, metrics, row = [], {}, history[-1] if history else {"step": 0}
-    handlers = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+    metrics, row, heard, handlers = {}, history[-1] if history else {"step": 0}, [], {}
+    for n in (signal.SIGINT, signal.SIGTERM):  # heard between two updates, a second one at once
+        handlers[n] = signal.signal(n, lambda *_: sys.exit(1) if heard else heard.append(1))
     fast = functools.cache(graphed if cuda and args.cuda_graph else lambda update: update)
     began, said = time.time() - seconds, time.time()
     bar = tqdm(total=args.steps, initial=start, unit="step", disable=None)
@@ -757,7 +742,7 @@ def train(args: Args) -> list[dict[str, float]]:
         if step > start:
             metrics |= {k: v.detach() for k, v in fast(learner.phase(step))().items()}
             bar.update()
-        last, stop = step == args.steps, bool(interrupted)
+        last, stop = step == args.steps, bool(heard)
         evaluates = args.eval_every and (last or step % args.eval_every == 0) and step > row["step"]
         saves = evaluates or last or stop or step % (args.save_every or math.inf) == 0
         speed = (step - start) / (time.time() - began - seconds + 1e-9)
@@ -820,19 +805,18 @@ def minimise(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
 
 def graphed(update):
     """The same update as one CUDA graph: hundreds of kernels at the cost of one launch."""
-    graph, metrics, calls = torch.cuda.CUDAGraph(), {}, []
 
-    def replay():
-        calls.append(update)
-        if len(calls) <= 3:  # capture asks for some calls before it
-            return update()
-        if len(calls) == 4:
-            with torch.cuda.graph(graph):  # records the update, does not run it
-                metrics.update({k: v.detach() for k, v in update().items()})
-        graph.replay()
-        return metrics
+    def calls():
+        for _ in range(3):  # capture asks for some calls before it
+            yield update()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # records the update, does not run it
+            metrics = {k: v.detach() for k, v in update().items()}
+        while True:
+            graph.replay()
+            yield metrics
 
-    return replay
+    return functools.partial(next, calls())
 
 
 if __name__ == "__main__":

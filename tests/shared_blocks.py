@@ -112,11 +112,8 @@ LEROBOT = re.search(
 ROBOTS = [  # pictures and instructions; a LeRobot data set; environments that give them
     ('    dataset: str = "hopper-medium-replay"', '    dataset: str = "scene-language"'),
     (
-        '            keys = [key for key in f"{COLUMNS} {ABOUT} truncations env_id".split()'
-        " if key in found]\n",
-        '            keys = f"{COLUMNS} {ABOUT} truncations env_id images task_index'
-        ' instructions"\n'
-        "            keys = [key for key in keys.split() if key in found]\n",
+        'KNOWN |= {"ref_min_score", "ref_max_score"}',
+        'KNOWN |= {"ref_min_score", "ref_max_score", "images", "task_index", "instructions"}',
     ),
     (
         '    folder = next((p for p in (name, f"{name}/data")',
@@ -143,15 +140,14 @@ ROBOTS = [  # pictures and instructions; a LeRobot data set; environments that g
     ),
     ("def load_dataset(", f"{LEROBOT}def load_dataset("),
     (  # dictionaries stay what they are
-        "        if isinstance(env.observation_space, gym.spaces.Dict):\n"
-        "            env = gym.wrappers.FlattenObservation(env)\n",
+        "        env = gym.wrappers.FlattenObservation(env)\n",
         "",
     ),
     (
-        "    spaces, shapes = (env.observation_space, env.action_space), ",
-        '    seen = getattr(env.observation_space, "spaces", {"state": env.observation_space})'
-        '.get("state")\n'
-        "    spaces, shapes = (seen, env.action_space), ",
+        "        spaces, shapes = (env.observation_space, env.action_space), ",
+        "        seen = env.observation_space\n"
+        '        seen = getattr(seen, "spaces", {"state": seen}).get("state")\n'
+        "        spaces, shapes = (seen, env.action_space), ",
     ),
 ]
 # What a copy may say instead: SAC's data may come from acting, S2P's and robots' have pictures.
@@ -181,10 +177,8 @@ VARIANTS = {
     "s2p.py": [
         ('    dataset: str = "hopper-medium-replay"', '    dataset: str = "halfcheetah-pixels"'),
         (
-            '            keys = [key for key in f"{COLUMNS} {ABOUT} truncations env_id".split()'
-            " if key in found]\n",
-            '            keys = f"{COLUMNS} {ABOUT} truncations env_id images"\n'
-            "            keys = [key for key in keys.split() if key in found]\n",
+            'KNOWN |= {"ref_min_score", "ref_max_score"}',
+            'KNOWN |= {"ref_min_score", "ref_max_score", "images"}',
         ),
         (
             '    task = {"env": env_id or own, "env_id": "none", "sizes": [s.shape[1], ',

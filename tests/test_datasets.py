@@ -540,7 +540,7 @@ def minari_of(space, observations, **options) -> str:
     return "mine/goal-v0"
 
 
-def test_dictionaries_are_joined_as_the_environment_joins_them(elsewhere, capsys, monkeypatch):
+def test_dictionaries_are_joined_as_the_environment_joins_them(elsewhere, monkeypatch):
     (elsewhere / "goals_of_test.py").write_text(GOALS)
     monkeypatch.syspath_prepend(str(elsewhere))
     goals = importlib.import_module("goals_of_test")
@@ -551,7 +551,6 @@ def test_dictionaries_are_joined_as_the_environment_joins_them(elsewhere, capsys
     expected = np.concatenate([goal, walk], axis=1)
     np.testing.assert_array_equal(data["observations"], expected[:-1])
     np.testing.assert_array_equal(data["next_observations"], expected[1:])
-    assert "desired_goal, observation, joined in this order" in capsys.readouterr().out
     env = bc.make_env(task)
     np.testing.assert_array_equal(env.reset(seed=0)[0], [7, 8, 1, 2])
     np.testing.assert_array_equal(env.step(np.ones(1))[0], [7, 8, 2, 3])
@@ -658,7 +657,7 @@ def test_a_module_of_the_current_folder_is_found(faulty):
     [
         ("OldReset", "seed"),
         ("Dead", "simulator lost"),
-        ("Stacked", r"\(4, 2\)"),
+        ("Stacked", r"\(8,\)"),
         ("Goal", r"\(7,\)"),
         ("Endless", "time limit"),
     ],

@@ -162,6 +162,27 @@ def test_evaluation_does_not_change_training(train):
     assert_same_state(saved("often")["learner"], saved("once")["learner"])
 
 
+@only_bc
+def test_dropout_is_for_training_alone(train, module, monkeypatch):
+    """The loop says which it is: a learner trains, an evaluation and a validation do not."""
+    modes = {"update": [], "act": [], "validate": []}
+    for owner, name, of in (
+        (module.Learner, "update", lambda x: x.training),
+        (module.Policy, "act", lambda x: x.training),
+        (module.Learner, "validate", lambda x: x.policy.training),
+    ):
+        real = getattr(owner, name)
+
+        def watched(self, *args, real=real, name=name, of=of):
+            modes[name].append(of(self))
+            return real(self, *args)
+
+        monkeypatch.setattr(owner, name, watched)
+    train(steps=6, eval_every=3, eval_episodes=1)
+    assert modes["update"] == [True] * 6 and modes["validate"] == [False] * 2
+    assert set(modes["act"]) == {False}
+
+
 def test_without_an_environment_only_validation_losses(train, module, monkeypatch, capsys):
     monkeypatch.setattr(module.gym, "make", None)
     for row in train(env_id="none"):

@@ -26,7 +26,7 @@ def seeded():
 
 
 def planner(rows=None, low=-1.0, high=1.0, **flags):
-    return learner(tt, rows, low, high, **flags)
+    return learner(tt, rows, low, high, **flags).eval()
 
 
 def wild(rows=None, low=-1.0, high=1.0, **flags):
@@ -247,14 +247,15 @@ def test_the_loss_is_the_weighted_mean_over_what_counts():
 def test_update_follows_its_step_size():
     """It rises in a line, falls along half a cosine to a tenth, and stays; the gradient's norm is
     bounded; the update is AdamW's, whose weight decay falls on matrices alone."""
-    flags = dict(warmup_steps=4, decay_steps=10, learning_rate=1e-2, max_grad_norm=1e-3)
+    flags = dict(warmup_steps=4, decay_steps=10, learning_rate=1e-2, action_weight=1e4)
     agent, rates = planner(dropout=0.5, weight_decay=0.3, **flags), []
     for _ in range(20):
-        rates.append(agent.update()["charts/learning_rate"].item())
+        metrics = agent.update()
+        rates.append(metrics["charts/learning_rate"].item())
     cosine = [0.5 + 0.5 * np.cos(np.pi * i / 10) for i in range(11)] + [0.0] * 6
     wanted = [0.25, 0.5, 0.75, *np.maximum(cosine, 0.1)]
     assert rates == pytest.approx([1e-2 * x for x in wanted], rel=1e-4)
-    assert gradients(agent.policy).norm() <= 1.001e-3
+    assert gradients(agent.policy).norm() <= 1.001 < 10 < metrics["gradients/norm"]
     decayed, free = agent.optimizer.param_groups
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.3, 0.0)
     assert decayed["betas"] == free["betas"] == (0.9, 0.95)
@@ -265,12 +266,9 @@ def test_update_follows_its_step_size():
 
 
 def test_dropout_is_for_training():
-    agent, seen = planner(dropout=0.9), []
-    forward = agent.policy.forward
-    agent.policy.forward = lambda *x: seen.append(agent.policy.training) or forward(*x)
-    agent.update()
-    assert seen == [True] and not agent.policy.training
-    text = words()
+    assert learner(tt).training  # while the loop trains; it turns that off to evaluate
+    agent = planner(dropout=0.9)
+    forward, text = agent.policy.forward, words()
     assert torch.equal(agent.policy(text)[0], agent.policy(text)[0])
     agent.policy.train()
     assert not torch.equal(forward(text)[0], forward(text)[0])
@@ -688,7 +686,7 @@ def test_planning_chooses_and_imitation_copies():
         (dict(heads=0), "--heads"),
         (dict(heads=3), "--heads.*--hidden-dim"),
         (dict(bins=1), "--bins"),
-        (dict(history=3), "--history and --horizon.*--context"),
+        (dict(history=3), "--context.*--history.*--horizon"),
         (dict(history=-1), "--history"),
         (dict(action_cdf=1.0), "--action-cdf"),
         (dict(action_top_k=-1), "--action-top-k"),
@@ -697,7 +695,6 @@ def test_planning_chooses_and_imitation_copies():
         (dict(gamma=1.1), "--gamma"),
         (dict(warmup_steps=-1), "--warmup-steps"),
         (dict(decay_steps=0), "--decay-steps"),
-        (dict(max_grad_norm=0.0), "--max-grad-norm"),
     ],
 )
 def test_impossible_flags_are_refused(flags, message):
