@@ -558,7 +558,7 @@ def test_an_evaluation_keeps_each_episodes_memory(capsys):
     envs = [Env(k) for k in range(4)]
     made = iter(envs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diffuser, "make_env", lambda task, **mode: next(made))
+        patch.setattr(diffuser, "make_env", lambda *_: next(made))
         task = units.task() | {"scores": [0.0, 10.0]}
         row = diffuser.evaluate(Follows(), task, 4, 0)
     for env in envs:

@@ -607,7 +607,7 @@ class Ends(gym.Env):
 
 
 def test_evaluation_hands_each_episode_its_own_memory(monkeypatch):
-    monkeypatch.setattr(rt1, "make_env", lambda task, **_: gym.wrappers.TimeLimit(Ends(), 9))
+    monkeypatch.setattr(rt1, "make_env", lambda *_: gym.wrappers.TimeLimit(Ends(), 9))
     monkeypatch.setattr(Ends, "spec", gym.envs.registration.EnvSpec("Ends-v0"), raising=False)
 
     def act(observations, memory):

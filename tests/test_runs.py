@@ -297,6 +297,25 @@ def test_a_signal_saves_and_says_how_to_go_on(number, train, module, monkeypatch
     assert [row["step"] for row in train(resume=True)] == [10, 20]
 
 
+@only_bc
+def test_a_second_signal_stops_at_once(train, module, monkeypatch):
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+
+    def impatient(learner):
+        for number in numbers:
+            signal.raise_signal(number)
+
+    at_step(module, monkeypatch, 5, impatient)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            train()
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+    assert stop.value.code == 1 and saved()["step"] < 5  # nothing more is written
+
+
 def test_a_run_stopped_by_ctrl_c_goes_on_as_if_it_had_not(train):
     """Ctrl-C comes in the middle of an update, as it nearly always does."""
     train(run_dir="straight")
