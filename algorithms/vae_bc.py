@@ -412,7 +412,7 @@ def load_dataset(name: str, env_id: str = "") -> tuple[dict[str, np.ndarray], di
 def make_env(task: dict, video="") -> gym.Env:
     """The task's environment: an id, also module:Id, or a specification in JSON as Minari has."""
     sys.path += [x for x in ("", str(OURS)) if x not in sys.path]  # for modules of these folders
-    env, of = task["env"], f"Environment {task['env'][:50]} (--env-id)"
+    env, of = task["env"], f"Environment {task['env'][:50]} (--env-id{', MUJOCO_GL' * bool(video)})"
     with explained(of):
         env = gym.envs.registration.EnvSpec.from_json(env) if env[0] == "{" else env
         env = gym.make(env, **({"render_mode": "rgb_array"} if video else {}))
@@ -421,7 +421,7 @@ def make_env(task: dict, video="") -> gym.Env:
         ok = all(isinstance(x, gym.spaces.Box) and x.shape == y for x, y in zip(spaces, shapes))
         check(ok, f"{of} has {spaces[0]} and {spaces[1]}, the data has boxes of shapes {shapes}.")
         check(env.spec.max_episode_steps, f"{of} has no time limit: register it with one.")
-        env.reset(seed=0), env.step(env.action_space.sample())  # what fails, fails before training
+        env.reset(seed=0), env.step(env.action_space.sample()), video and env.render()  # a trial
         return gym.wrappers.RecordVideo(env, str(video), disable_logger=True) if video else env
 
 

@@ -728,6 +728,18 @@ def test_a_video_of_the_last_evaluation(train, module, elsewhere):
     module.train(module.Args(evaluate="run", device="cpu", eval_episodes=1, capture_video=True))
 
 
+@only_bc
+def test_a_film_without_a_screen_says_what_to_set(train, module, monkeypatch):
+    def blind(*_):
+        raise RuntimeError("no OpenGL here")
+
+    monkeypatch.setattr(gym.make("Pendulum-v1").unwrapped.__class__, "render", blind)
+    train(capture_video=False)
+    with pytest.raises(SystemExit, match=r"Pendulum-v1.*MUJOCO_GL.*no OpenGL here"):
+        train(run_dir="filmed", capture_video=True)
+    assert saved("filmed")["step"] == 20  # nothing of the training is lost
+
+
 # ------------------------------------------------------------------------- On a GPU, and for it
 
 
