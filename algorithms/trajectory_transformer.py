@@ -14,11 +14,11 @@ many continuations, keep those that promise most (beam search), do the best one'
         --bins 30 --context 4 --horizon 3 --history 1 --hidden-dim 64 --layers 2 --batch-size 64 \
         --learning-rate 2e-3 --warmup-steps 100 --decay-steps 1400 --beam-width 8
 
-Measured: pendulum-random-expert-10, 1,200 steps, five seeds: 25; --plan sample: 1.
+Measured: pendulum-random-expert-10, 1,200 steps, five seeds: 25; --plan sample: 1. Ten episodes of
+Hopper take a CPU thread 51 minutes; with networks and searches as in the second command, 78 s.
 
 Differs from the paper / official code:
-- Words are quantiles of the data, a number is the nearest; officially the spaces between quantiles,
-  told by their middle. A value of many rows (an action's bound, a reward of 0) is exact here.
+- Words are quantiles, a number is the nearest: a frequent one is exact (the code: spaces between).
 - Keys and values are kept for the next decision; a full past (--history) drops half of its steps.
 - --horizon 5, --beam-width 32 are the code's for HalfCheetah; 15, 128 for Hopper and Walker2d.
 - What follows a timeout is not learnt; officially the stop word, as after a terminal.
