@@ -372,7 +372,7 @@ class Counting(gym.Env):
 
     observation_space = gym.spaces.Box(-99, 99, (3,), np.float64)
     action_space = gym.spaces.Box(np.float32([-2, -1]), np.float32([2, 3]))
-    episode, seeds = 0, []
+    episode, seeds = -1, []  # the episode 0 is make_env's, that tries it
 
     def see(self):
         self.seen[:] = self.t, self.episode, self.t * self.episode
@@ -442,7 +442,7 @@ def test_what_is_collected(counting, elsewhere):
     done = LOW + (a + 1) / 2 * (HIGH - LOW)  # what the environment was given
     assert a.abs().max() <= 1 and (a[:, 0] != a[:, 1]).all()
     torch.testing.assert_close(r[:, 0], 100 * (t + 1) + done @ torch.tensor([1.0, 10.0]))
-    assert Counting.seeds == [0] + [None] * (len(Counting.seeds) - 1)
+    assert Counting.seeds == [0, 0] + [None] * (len(Counting.seeds) - 2)  # tried, then begun
 
 
 def test_a_terminal_at_the_time_limit_is_no_timeout(counting, elsewhere, monkeypatch):
