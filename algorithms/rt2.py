@@ -75,6 +75,7 @@ class Args:
     pretrain_steps: int = 0  # gradient steps before the others, on questions alone
     bins: int = 32  # of each action dimension, a token each; the dimensions share them
     proprioception: bool = False  # a token of the robot's state too; not in the paper
+    patch: Literal[4, 8, 16] = 16  # pixels that a picture's token is wide and high
     layers: int = 3  # of the transformer
     heads: int = 4  # attention heads
     max_words: int = 12  # of a question or an instruction, the others are not read
@@ -149,17 +150,17 @@ def vocabulary(task) -> dict[str, int]:
 
 
 class Eyes(nn.Module):
-    """Pictures (B, H, W, 3), bytes -> a token (B, H W / 256, D) for each 16 x 16 pixels."""
+    """Pictures (B, H, W, 3), bytes -> a token (B, P, D) for each of P square patches of pixels."""
 
-    def __init__(self, size, dim):
+    def __init__(self, size, patch, dim):
         super().__init__()
-        widths, layers = (size[2], 32, 64, 64, dim), []
+        widths, layers = (size[2], *(32, 64, 64)[: patch.bit_length() - 2], dim), []
         for i, o in zip(widths[:-1], widths[1:]):
             layers += [nn.Conv2d(i, o, 3, stride=2, padding=1), nn.ReLU()]
         self.net = nn.Sequential(*layers[:-1])
         for convolution in self.net[::2]:  # keeps the features' size from layer to layer
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
-        tokens = -(-size[0] // 16) * -(-size[1] // 16)
+        tokens = -(-size[0] // patch) * -(-size[1] // patch)
         self.position = nn.Parameter(0.5 * torch.randn(tokens, dim))
         self.register_buffer("mean", torch.zeros(*size))
 
@@ -208,9 +209,8 @@ class Network(nn.Module):
     def __init__(self, task, args):
         super().__init__()
         S, A, D = *task["sizes"], args.hidden_dim
-        self.eyes = Eyes(task["image"], D) if "image" in task else None
-        reads_state = args.proprioception or not self.eyes
-        self.embed_state = nn.Linear(S, D) if reads_state else None
+        self.eyes = Eyes(task["image"], args.patch, D) if "image" in task else None
+        self.embed_state = nn.Linear(S, D) if args.proprioception or not self.eyes else None
         if "instructions" in task:
             self.word_position = nn.Parameter(0.5 * torch.randn(args.max_words, D))
         words = 2 + len(vocabulary(task))

@@ -14,10 +14,12 @@ Also PickupLoc-v0 and PutNextLocal-v0. The action is one number, -1 to 1, cut in
 parts: turn left, turn right, forward, pick up, drop, toggle, done. Demonstrations hold the middles
 of the parts, which `--bins 7` of rt1.py and rt2.py tells apart exactly.
 
+`questions` asks where things are, and what is where: "where is the red ball", "left 2 ahead 3".
+
 The levels and the bot that demonstrates are BabyAI's (Chevalier-Boisvert et al. 2019,
 arXiv:1810.08272), as minigrid (Apache-2.0) has them; the picture's frame and the one number are
-ours. The files of algorithms/ import this to evaluate, `datasets/make.py babyai-gotolocal` to
-collect.
+ours. The files of algorithms/ import this to evaluate, `datasets/make.py` to collect
+`babyai-gotolocal` and `babyai-questions`.
 """
 
 import os
@@ -25,6 +27,7 @@ import os
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # minigrid imports pygame, which greets
 
 try:
+    from minigrid.core.constants import COLOR_NAMES
     from minigrid.envs import babyai as levels
     from minigrid.utils.baby_ai_bot import BabyAIBot
 except ImportError:
@@ -125,6 +128,62 @@ def demonstrations(level: str, episodes: int, seed: int) -> tuple[dict[str, np.n
     how += f"{failed} of {episodes + failed} attempts failed and were dropped"
     timeouts = np.zeros(len(data["rewards"]), bool)
     return data | {"timeouts": timeouts, "instructions": said.tolist()}, how
+
+
+THINGS = [f"{colour} {kind}" for colour in COLOR_NAMES for kind in ("ball", "box", "key")]
+
+
+def place(x: int, y: int) -> str:
+    """A cell of the picture, column x and row y of 7, as the agent would say where it is."""
+    beside, ahead = x - 3, 6 - y
+    words = [f"{'left' if beside < 0 else 'right'} {abs(beside)}"] if beside else []
+    return " ".join(words + [f"ahead {ahead}"] * (ahead > 0))
+
+
+CELLS = [
+    (x, y) for x in range(7) for y in range(7) if (x, y) != (3, 6)
+]  # where it stands: no place
+
+
+def things(level) -> dict[str, str]:
+    """What stands where in the picture, {place: thing}, the nearest first."""
+    grid, seen = level.gen_obs_grid()
+    there = ((x, y) for x, y in CELLS if seen[x, y] and grid.get(x, y) is not None)
+    near = sorted(there, key=lambda cell: abs(cell[0] - 3) + 6 - cell[1])
+    found = {place(*cell): f"{grid.get(*cell).color} {grid.get(*cell).type}" for cell in near}
+    return {where: thing for where, thing in found.items() if thing in THINGS}  # walls are none
+
+
+def questions(pictures: int, seed: int) -> dict[str, np.ndarray]:
+    """Pictures of rooms at random, two of each with some steps in between, and questions about
+    each: where three things are that are there (the nearest of its kind) and one that is not, what
+    is at three places that hold something and at one that does not. Columns and texts are those of
+    scene.py's `questions`."""
+    env, rng = BabyAI("GoToLocal"), np.random.default_rng(seed)
+    asked = [f"where is the {thing}" for thing in THINGS] + [f"what is {place(*x)}" for x in CELLS]
+    images, rows = [], []
+    while len(images) < pictures:
+        env.reset(seed=int(rng.integers(2**31)))
+        for _ in range(2):
+            what = things(env.level)
+            where = {thing: at for at, thing in reversed(what.items())}
+            said = [f"what is {x}" for x in rng.permutation(list(what))[:3]]
+            said += [f"where is the {x}" for x in rng.permutation(list(where))[:3]]
+            said += [f"what is {rng.choice([place(*x) for x in CELLS if place(*x) not in what])}"]
+            said += [f"where is the {rng.choice([x for x in THINGS if x not in where])}"]
+            answers = {f"what is {x}": thing for x, thing in what.items()}
+            answers |= {f"where is the {x}": at for x, at in where.items()}
+            for x in said:
+                other = "nothing" if x.startswith("what") else "not here"
+                rows.append((len(images), asked.index(x), answers.get(x, other)))
+            images.append(env.picture())
+            for _ in range(rng.integers(1, 6)):
+                env.level.step(rng.choice([0, 1, 2, 2]))  # left, right, forward
+    picture, question, said = map(np.array, zip(*(row for row in rows if row[0] < pictures)))
+    answers, said = np.unique(said, return_inverse=True)
+    kinds = [question.split()[0] for question in asked]
+    found = dict(images=np.array(images[:pictures]), picture=picture, question=question)
+    return found | dict(answer=said, questions=asked, answers=answers.tolist(), kinds=kinds)
 
 
 for name, steps in LEVELS.items():

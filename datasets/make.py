@@ -8,7 +8,7 @@
     python datasets/make.py halfcheetah-pixels
     python datasets/make.py scene-language --demonstrations 5000
     python datasets/make.py scene-questions --pictures 20000
-    python datasets/make.py babyai-gotolocal
+    python datasets/make.py babyai-gotolocal babyai-questions --pictures 20000
     python datasets/make.py metaworld-mt10
     python datasets/make.py hopper-medium --format minari
     python datasets/make.py --mix hopper-random:0.9,hopper-expert:0.1 --name hopper-random-expert-10
@@ -113,7 +113,8 @@ PIXELS = "halfcheetah-pixels"  # by pixels.py: one episode of ten of the medium-
 
 SCENE = "scene-language"  # by scene.py, which needs OGBench: an arm, instructed in words
 
-ASKED = "scene-questions"  # by scene.py too: pictures, questions and answers; no transitions
+# Pictures, questions and answers, no transitions: of scene.py too, and of babyai.py.
+ASKED = {"scene-questions": "scene", "babyai-questions": "babyai"}
 
 # By babyai.py, which needs minigrid: rooms of things, and instructions about them.
 BABYAI = {f"babyai-{x.lower()}": x for x in ("GoToLocal", "PickupLoc", "PutNextLocal")}
@@ -121,7 +122,7 @@ BABYAI = {f"babyai-{x.lower()}": x for x in ("GoToLocal", "PickupLoc", "PutNextL
 # By metaworld_arm.py, which needs Meta-World: another arm with ten or fifty tasks.
 METAWORLD = {f"metaworld-{x.lower()}": x for x in ("MT10", "MT50")}
 
-KNOWN = [*OURS, *GOALS, *REWARDED, PIXELS, SCENE, ASKED, *BABYAI, *METAWORLD, *D4RL]
+KNOWN = [*OURS, *GOALS, *REWARDED, PIXELS, SCENE, *ASKED, *BABYAI, *METAWORLD, *D4RL]
 
 # Modules of environments whose reward is success.
 SUCCESSES = ("ogbench:", "environments:", "scene:", "babyai:", "metaworld_arm:")
@@ -151,7 +152,7 @@ class Args:
     demonstrations: int = 600
     """episodes of scene-language, of babyai's and of metaworld's"""
     pictures: int = 2400
-    """pictures of scene-questions"""
+    """pictures of scene-questions and of babyai-questions"""
     seed: int = 0
     """seed of rollouts and mixtures"""
     format: Literal["hdf5", "minari"] = "hdf5"
@@ -193,7 +194,7 @@ def check_known(name: str) -> None:
             f"No data set '{name}'. There are {', '.join(SAC_TASKS)}, each with"
             f" -{', -'.join(LEVELS)}; ant-{', ant-'.join(OF_ANT)};"
             f" pendulum-{', pendulum-'.join(DEMONSTRATIONS)}; {', '.join(GOALS)}, each also with"
-            f" -singletask or -singletask-task1 to -task5; {PIXELS}; {SCENE}; {ASKED};"
+            f" -singletask or -singletask-task1 to -task5; {PIXELS}; {SCENE}; {', '.join(ASKED)};"
             f" {', '.join((*BABYAI, *METAWORLD))}; D4RL's {', '.join(D4RL_TASKS)}, each"
             f" with -{'-v2, -'.join(D4RL_LEVELS)}-v2; other mixtures with --mix."
         )
@@ -566,8 +567,10 @@ def make(name: str, args: Args) -> None:
         return fetch(name)
     if name in GOALS or name in REWARDED:
         return make_goals(name, args)
-    if name in (PIXELS, SCENE, ASKED):
-        return {PIXELS: make_pixels, SCENE: make_scene, ASKED: make_questions}[name](name, args)
+    if name in (PIXELS, SCENE):
+        return {PIXELS: make_pixels, SCENE: make_scene}[name](name, args)
+    if name in ASKED:
+        return make_questions(name, args)
     if name in BABYAI or name in METAWORLD:
         return make_told(name, args)
     if name in BUFFERS or name not in KNOWN:
@@ -681,13 +684,11 @@ def make_told(name: str, args: Args) -> None:
 
 
 def make_questions(name: str, args: Args) -> None:
-    """Questions about pictures of that arm's scene and their answers, for rt2.py."""
-    import scene
-
+    """Questions about pictures of the arm's scene or of BabyAI's rooms, and answers, for rt2.py."""
     if args.pictures < 1:
         raise SystemExit(f"--pictures {args.pictures}: 1 or more.")
     began, attributes = time.time(), ("questions", "answers", "kinds")
-    data = scene.questions(args.pictures, args.seed)
+    data = importlib.import_module(ASKED[name]).questions(args.pictures, args.seed)
     with replacing(path_of(name)) as partial, h5py.File(partial, "w") as file:
         for key in (key for key in data if key not in (*attributes, "images")):
             values = data[key].astype(np.uint16)
@@ -881,7 +882,7 @@ def mend(data: Data, limit: int) -> tuple[Data, int]:
 
 def names_there() -> list[str]:
     """The files that are there: the levels in their order, then other mixtures."""
-    there = {path.stem for path in FOLDER.glob("*.hdf5")} - {ASKED}
+    there = {path.stem for path in FOLDER.glob("*.hdf5")} - ASKED.keys()
     return [name for name in KNOWN if name in there] + sorted(there - set(KNOWN))
 
 
@@ -901,6 +902,7 @@ def show_list() -> None:
         how = "mixture" if level in MIXTURES or name not in KNOWN else how
         how = "OGBench's recipe" if name in GOALS or name in REWARDED else how
         how = "babyai.py, demonstrated" if name in BABYAI else how
+        how = f"{ASKED[name]}.py, asked" if name in ASKED else how
         how = "metaworld_arm.py, demonstrated" if name in METAWORLD else how
         how = {PIXELS: "pixels.py, drawn", SCENE: "scene.py, demonstrated"}.get(name, how)
         how = "ships" if name in SHIPPED else "D4RL's, downloaded" if name in D4RL else how

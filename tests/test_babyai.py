@@ -126,6 +126,81 @@ def test_the_time_limit_ends_an_episode(babyai):
             assert cut == (step == limit - 1) and not (reward or done or info["success"])
 
 
+def cells(picture) -> dict[str, str]:
+    """The colour in each cell of a picture by what its place is called. Thin lines are mixed with
+    the floor's grey, so what counts is the direction in which a pixel leaves grey."""
+    from minigrid.core.constants import COLORS
+
+    def hue(rgb):
+        return (rgb - rgb.min()) / max(1, np.ptp(rgb))
+
+    found = {}
+    for x, y in [(x, y) for x in range(7) for y in range(7)]:
+        cell = picture[8 * y : 8 * y + 8, 8 * x : 8 * x + 8].reshape(64, 3).astype(float)
+        side = ["", f"right {x - 3} ", f"left {3 - x} "][np.sign(x - 3)]
+        pixel = cell[np.ptp(cell, axis=1).argmax()]
+        away = {name: np.abs(hue(pixel) - hue(rgb * 1.0)).max() for name, rgb in COLORS.items()}
+        name = min(away, key=away.get) if np.ptp(pixel) > 8 else "grey"
+        found[f"{side}{f'ahead {6 - y}' if y < 6 else ''}".strip()] = name
+    return found
+
+
+def test_answers_are_what_the_pictures_show(babyai):
+    """Read from the pixels alone: the colour of a thing is at its place, none at an empty one."""
+    data, pictures = babyai.questions(40, seed=3), {}
+    assert len(data["images"]) == 40 and data["picture"].max() == 39
+    assert {*data["kinds"]} == {"where", "what"} and len(data["kinds"]) == len(data["questions"])
+    where, what, twice = [], [], 0
+    told = {"where": 0, "what": 0, "nothing": 0, "not here": 0}
+    for i in range(len(data["answer"])):
+        picture = int(data["picture"][i])
+        seen = pictures.setdefault(picture, cells(data["images"][picture]))
+        question = data["questions"][data["question"][i]]
+        answer = data["answers"][data["answer"][i]]
+        if answer == "nothing":
+            assert seen[question.removeprefix("what is ")] == "grey"
+        elif answer == "not here":  # another kind of thing may have the colour
+            assert question.removeprefix("where is the ") in babyai.THINGS
+        else:
+            asks = question.startswith("what")
+            place = question.removeprefix("what is ") if asks else answer
+            thing = answer if asks else question.removeprefix("where is the ")
+            assert thing.split()[0] == seen[place], (question, answer)
+            what += [(picture, place, thing)] * asks
+            where += [(picture, thing, place)] * (not asks)
+        told[answer if answer in told else data["kinds"][data["question"][i]]] += 1
+    assert told["not here"] == told["nothing"] == 40 and min(told["where"], told["what"]) > 60
+    far = lambda place: sum(map(int, place.split()[1::2]))  # noqa: E731
+    for picture, thing, place in where:  # of two of a kind it is the nearer one
+        ours = [x for other, x, kind in what if other == picture and kind == thing]
+        assert all(far(place) <= far(x) for x in ours)
+        twice += any(x != place for x in ours)
+    assert twice
+    again, other = babyai.questions(40, seed=3), babyai.questions(40, seed=4)
+    assert all(np.array_equal(data[key], again[key]) for key in data)
+    assert not np.array_equal(data["images"], other["images"])
+
+
+def test_a_thing_is_where_the_agent_gets_to(babyai):
+    """Words of a place are steps: so many to the side, so many ahead, is where the thing is."""
+    env, ahead = babyai.BabyAI("GoToLocal"), [(1, 0), (0, 1), (-1, 0), (0, -1)]
+    count = 0
+    for seed in range(10):
+        env.reset(seed=seed)
+        level, found = env.level, babyai.things(env.level)
+        way, right = (np.array(ahead[(level.agent_dir + i) % 4]) for i in (0, 1))
+        for place, thing in found.items():
+            words = place.split()
+            steps = dict(zip(words[::2], map(int, words[1::2])))
+            side = steps.get("right", 0) - steps.get("left", 0)
+            at = level.grid.get(*(level.agent_pos + steps.get("ahead", 0) * way + side * right))
+            assert f"{at.color} {at.type}" == thing
+        far = [sum(map(int, place.split()[1::2])) for place in found]
+        assert far == sorted(far)
+        count += len(far)
+    assert count > 20
+
+
 @pytest.mark.parametrize("name", ["rt1", "rt2"])
 def test_the_file_trains_and_is_evaluated(name, made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -137,3 +212,18 @@ def test_the_file_trains_and_is_evaluated(name, made, tmp_path, monkeypatch):
     flags = dict(dataset=str(made), bins=7, run_dir="run", eval_every=20, eval_episodes=2)
     [row] = module.train(module.Args(**tiny(name, **flags)))
     assert row["step"] == 20 and 0 <= row["score"] <= 100 and 1 <= row["length_mean"] <= 64
+
+
+def test_rt2_learns_from_questions_about_rooms(made, maker, tmp_path, monkeypatch):
+    monkeypatch.setattr(maker, "FOLDER", tmp_path)
+    maker.main(maker.Args(names=["babyai-questions"], pictures=30, seed=1))
+    asked = str(maker.path_of("babyai-questions"))
+    assert maker.names_there() == []  # no transitions: not among the data sets
+    flags = dict(dataset=str(made), questions=asked, co_finetune=0.5, bins=7, patch=8)
+    flags |= dict(run_dir=str(tmp_path / "run"), eval_every=20, eval_episodes=1)
+    [row] = rt2.train(rt2.Args(**tiny("rt2", **flags)))
+    assert 0 <= row["validation/answer_accuracy"] <= 1
+    policy = rt2.load_policy(tmp_path / "run")
+    assert len(policy.net.eyes.position) == 64  # a token for each cell of 8 x 8 pixels
+    said = policy.answer(np.zeros((64, 64, 3), np.uint8), "where is the red ball")
+    assert {*said.split()} <= {*policy.vocabulary}

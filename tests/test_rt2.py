@@ -307,6 +307,26 @@ def test_pictures_come_without_their_mean(file):
         assert position.std().item() == pytest.approx(0.5, rel=0.2)
 
 
+@pytest.mark.parametrize("patch", [4, 8, 16])
+def test_a_patch_is_a_token(patch):
+    """Its middle moves its own token the most, and no distant one; rows of patches come first."""
+    task = {"sizes": [3, 2], "image": [32, 48, 3]}
+    eyes = rt2.Network(task, rt2.Args(patch=patch, hidden_dim=8)).eyes
+    images = torch.zeros(1, 32, 48, 3)
+    tokens = eyes(images)
+    rows, columns = 32 // patch, 48 // patch
+    assert tokens.shape == (1, rows * columns, 8) and eyes.position.shape == (rows * columns, 8)
+    for row, column in ((0, 0), (0, columns - 1), (rows - 1, 0)):
+        changed = images.clone()
+        middle = (slice(p := patch * x + patch // 2 - 1, p + 2) for x in (row, column))
+        changed[0][tuple(middle)] = 255
+        moved = (eyes(changed) - tokens).norm(dim=-1).unflatten(1, (rows, columns))[0]
+        assert moved.argmax() == row * columns + column
+        far = moved.clone()
+        far[max(0, row - 1) : row + 2, max(0, column - 1) : column + 2] = 0
+        assert not far.any()
+
+
 def test_one_table_embeds_and_speaks(file):
     """Tokens come in at the size of a unit normal, and logits leave at it."""
     net = learner(file, hidden_dim=128).policy.net
