@@ -181,8 +181,9 @@ def test_commands_are_valid(page, weighted):
 
 
 # A training of a few steps has every part of a long one: batches, updates, evaluations, files.
-SHORT = {"steps": 8, "eval_every": 4, "eval_episodes": 1, "device": "cpu", "model_steps": 3}
+SHORT = {"steps": 8, "eval_every": 8, "eval_episodes": 1, "device": "cpu", "model_steps": 3}
 SHORT |= {"rollout_every": 4, "rollout_batch": 64, "plans": 2, "diffusion_steps": 3}
+SHORT |= {"batch_size": 16, "beam_width": 2, "painter_steps": 3, "painter_batch_size": 4}
 ONLINE = {"steps": 450, "eval_every": 450, "random_steps": 300}  # SAC updates after random ones
 
 
@@ -207,7 +208,8 @@ def test_commands_train(page, weighted, tmp_path):
             continue  # the network and its weights are two packages
         if simulated and importlib.util.find_spec("ogbench") is None:
             continue  # its environment is in requirements-goals.txt
-        for key, value in (SHORT | (ONLINE if online else {})).items():
+        beam = {"horizon": 2} if hasattr(args, "beam_width") else {}  # a U-Net's must be longer
+        for key, value in (SHORT | (ONLINE if online else {}) | beam).items():
             if hasattr(args, key):
                 setattr(args, key, value)
         args.run_dir = str(tmp_path / str(k))
