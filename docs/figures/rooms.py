@@ -2,9 +2,9 @@
 than it was measured in before, told the right sentence and told another. Needs matplotlib, minigrid
 and the two runs of rt2's page, of which the committed curves are enough for the figure.
 
-    python docs/figures/babyai.py --questions runs/rt2/babyai-gotolocal/seed0 \
+    python docs/figures/rooms.py --questions runs/rt2/babyai-gotolocal/seed0 \
         --no-questions runs/rt2_no_questions
-    python docs/figures/babyai.py   # the figure alone
+    python docs/figures/rooms.py   # the figure alone
 
 Written to docs/algorithms/rt2: babyai.csv and babyai.png.
 """
