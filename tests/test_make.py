@@ -573,7 +573,7 @@ def test_the_card_is_up_to_date(maker):
     table = {row.split(" | ")[0]: row for row in maker.card_table().splitlines()}
     for name in maker.SHIPPED:
         assert f"| `{name}`" in card, name
-        if name not in (*maker.GOALS, maker.SCENE, maker.ASKED):  # those have tables of their own
+        if name not in (*maker.GOALS, maker.SCENE, *maker.ASKED):  # those have tables of their own
             assert table[f"| `{name}`"] in card, name
 
 

@@ -6,7 +6,14 @@ and the two runs of rt2's page, of which the committed curves are enough for the
         --no-questions runs/rt2_no_questions
     python docs/figures/rooms.py   # the figure alone
 
-Written to docs/algorithms/rt2: babyai.csv and babyai.png.
+And whether a colour that only the questions have is acted on: demonstrations without one, a run on
+them, and that run in rooms that ask for a thing of each colour.
+
+    python docs/figures/rooms.py --leave-out purple --demonstrations no-purple.hdf5
+    python algorithms/rt2.py --dataset no-purple.hdf5 --env-id babyai:GoToLocal-v0 ...
+    python docs/figures/rooms.py --leave-out purple --unheard runs/rt2/no-purple/seed0
+
+Written to docs/algorithms/rt2: babyai.csv, babyai_unheard.csv and babyai.png.
 """
 
 import csv
@@ -15,6 +22,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import numpy as np
 import tyro
 
@@ -30,7 +38,10 @@ class Args:
 
     questions: str = ""  # folder of the run with questions; empty: the figure alone
     no_questions: str = ""  # folder of the run without
-    rooms: int = 200  # in which both are tried
+    rooms: int = 200  # in which each run is tried
+    leave_out: str = ""  # a colour
+    demonstrations: str = ""  # a new file: those of babyai-gotolocal whose sentences lack it
+    unheard: str = ""  # folder of a run on that file
 
 
 def load(path: Path):
@@ -40,17 +51,17 @@ def load(path: Path):
     return module
 
 
-def successes(policy, babyai, rooms: int, another: bool) -> int:
-    """In how many rooms the thing that the room asks for is reached; `another`: told another of the
-    sentences, which is nothing that the room's own reward knows of."""
-    rng, envs = np.random.default_rng(0), [babyai.BabyAI("GoToLocal") for _ in range(rooms)]
-    seen = [env.reset(seed=10_000_000 + i)[0] for i, env in enumerate(envs)]
-    sentences = policy.saved["task"]["instructions"]
-    told = [x["instruction"] for x in seen]
-    if another:
-        told = [
-            rng.choice([x for x in sentences if x.split()[-2:] != y.split()[-2:]]) for y in told
-        ]
+def successes(policy, babyai, rooms: int, say=None, asking: str = "") -> int:
+    """In how many rooms the thing that the room asks for is reached, of rooms whose sentence has
+    the word `asking`; `say`: what is told instead of the sentence, a function of it."""
+    envs, seen, seed = [], [], 10_000_000
+    while len(envs) < rooms:
+        env = babyai.BabyAI("GoToLocal")
+        ob, seed = env.reset(seed=seed)[0], seed + 1
+        if asking in ob["instruction"]:
+            envs.append(env)
+            seen.append(ob)
+    told = [say(x["instruction"]) if say else x["instruction"] for x in seen]
     running, reached = list(range(rooms)), 0
     for _ in range(babyai.LEVELS["GoToLocal"]):
         actions = policy.act([seen[i] | {"instruction": told[i]} for i in running])
@@ -62,19 +73,54 @@ def successes(policy, babyai, rooms: int, another: bool) -> int:
     return reached
 
 
-def try_out(args: Args) -> None:
-    sys.path.append(str(ROOT / "datasets"))
-    import babyai
+def another(policy):
+    """Says another of the data's sentences, about another thing."""
+    rng, sentences = np.random.default_rng(0), policy.saved["task"]["instructions"]
+    thing = lambda sentence: sentence.split()[-2:]  # noqa: E731
+    return lambda asked: rng.choice([x for x in sentences if thing(x) != thing(asked)])
 
-    rt2, rows = load(ROOT / "algorithms" / "rt2.py"), []
+
+def write(name: str, head: list[str], rows: list[list]) -> None:
+    with open(OUT / name, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([head, *rows])
+
+
+def try_out(args: Args, rt2, babyai) -> None:
+    rows = []
     for name, folder in zip(RUNS, (args.questions, args.no_questions)):
         policy = rt2.load_policy(folder)
-        found = [successes(policy, babyai, args.rooms, another) for another in (False, True)]
+        found = [successes(policy, babyai, args.rooms, say) for say in (None, another(policy))]
         rows.append([name, args.rooms, *(f"{100 * x / args.rooms:.1f}" for x in found)])
         print(*rows[-1])
-    head = ["run", "rooms", "told what is asked, %", "told another sentence, %"]
-    with open(OUT / "babyai.csv", "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([head, *rows])
+    write("babyai.csv", ["run", "rooms", "told what is asked, %", "told another sentence, %"], rows)
+
+
+def try_unheard(args: Args, rt2, babyai) -> None:
+    """In rooms that ask for the colour that no demonstration names, and for each other colour."""
+    policy, rows = rt2.load_policy(args.unheard), []
+    for word in (args.leave_out, *(x for x in babyai.COLOR_NAMES if x != args.leave_out)):
+        nameless = lambda asked, word=word: asked.replace(word, "nameless")  # noqa: E731
+        ways = (None, nameless, another(policy))
+        found = [successes(policy, babyai, args.rooms, say, word) for say in ways]
+        rows.append([word, args.rooms, *(f"{100 * x / args.rooms:.1f}" for x in found)])
+        print(*rows[-1])
+    head = ["colour", "rooms", "told what is asked, %", "told a word that nothing has, %"]
+    write("babyai_unheard.csv", [*head, "told another sentence, %"], rows)
+
+
+def leave_out(word: str, path: str) -> None:
+    """The demonstrations whose sentences lack a word, as a file of their own."""
+    source = ROOT / "datasets" / "babyai-gotolocal.hdf5"
+    with h5py.File(source) as file, h5py.File(path, "x") as other:
+        said = list(file.attrs["instructions"])
+        kept = [i for i, sentence in enumerate(said) if word not in sentence.split()]
+        rows = np.isin(file["task_index"][()], kept)
+        for key in file:
+            column = file[key][()][rows]
+            column = np.searchsorted(kept, column) if key == "task_index" else column
+            other.create_dataset(key, data=column, compression="gzip")
+        other.attrs.update(dict(file.attrs) | {"instructions": [said[i] for i in kept]})
+        print(f"{path}: {rows.sum():,} of {len(rows):,} transitions, {len(kept)} sentences")
 
 
 def draw() -> None:
@@ -102,6 +148,11 @@ def draw() -> None:
 
 if __name__ == "__main__":
     given = tyro.cli(Args)
-    if given.questions:
-        try_out(given)
+    if given.demonstrations:
+        leave_out(given.leave_out, given.demonstrations)
+        sys.exit()
+    if given.questions or given.unheard:
+        sys.path.append(str(ROOT / "datasets"))
+        modules = load(ROOT / "algorithms" / "rt2.py"), importlib.import_module("babyai")
+        (try_out if given.questions else try_unheard)(given, *modules)
     draw()
