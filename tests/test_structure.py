@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 
+import mutants
 import numpy as np
 import pytest
 import shared_blocks
@@ -122,6 +123,20 @@ def test_drift_is_noticed(old, new, tmp_path, monkeypatch):
     file.write_text(file.read_text().replace(old, new))
     monkeypatch.setattr(shared_blocks, "ALGORITHMS", tmp_path / "algorithms")
     assert "a2po.py" in shared_blocks.drifted()
+
+
+def test_every_mutant_finds_its_lines():
+    """Who changes a line of a file changes what tests/mutations says of it."""
+    lost = []
+    for path in sorted((ROOT / "tests" / "mutations").glob("*.txt")):
+        found = mutants.mutants(path.stem)
+        assert found, path
+        for mutant in found:
+            try:
+                assert mutant.text() != (mutants.ALGORITHMS / f"{mutant.file}.py").read_text()
+            except SystemExit as error:
+                lost.append(str(error))
+    assert lost == []
 
 
 @every_file
