@@ -140,9 +140,8 @@ def place(x: int, y: int) -> str:
     return " ".join(words + [f"ahead {ahead}"] * (ahead > 0))
 
 
-CELLS = [
-    (x, y) for x in range(7) for y in range(7) if (x, y) != (3, 6)
-]  # where it stands: no place
+# The cells of the picture but for the one the agent is in, which has no words.
+CELLS = [(x, y) for x in range(7) for y in range(7) if (x, y) != (3, 6)]
 
 
 def things(level) -> dict[str, str]:
