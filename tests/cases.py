@@ -333,7 +333,8 @@ def succeeds(module: ModuleType, folder: Path) -> float:
     """Episodes in % in which a trained policy does what it is told, in the robot's scene."""
     policy = module.load_policy(folder)
     torch.manual_seed(0)
-    return 100 * module.evaluate(policy, policy.saved["task"], 50, seed=12_345)["return_mean"]
+    task = policy.saved["task"] | {"env": "scene:SceneLanguage-v0"}  # also of a run without it
+    return 100 * module.evaluate(policy, task, 50, seed=12_345)["return_mean"]
 
 
 @dataclass(frozen=True)
@@ -463,7 +464,7 @@ CASES = {
     "diffusion_ql_modes": Case(
         "diffusion_ql",
         DIFFUSION
-        | {"candidates": 1, "eta": 0.1, "diffusion_steps": 20, "steps": 3000, "eval_every": 3000},
+        | {"candidates": 1, "eta": 0.1, "diffusion_steps": 10, "steps": 3000, "eval_every": 3000},
         BIMODAL,
         look=rarer_mode,
         end=13,
@@ -765,7 +766,7 @@ CASES = {
     ),
     "rt2_acts": Case(
         "rt2",
-        ASKED | {"eval_every": 0},
+        ASKED | {"env_id": "none", "eval_every": 1000},
         "scene-language",
         look=succeeds,
         simulated=True,
@@ -799,8 +800,8 @@ def summary(case: Case, scores: list[float]) -> tuple[float, float]:
     return scores[math.ceil(case.early_at * len(scores)) - 1], float(np.mean(scores[-2:]))
 
 
-def run(case: Case, seed: int, folder: Path, ablation: str = "") -> list[float]:
-    """Scores of the evaluations, oldest first, on one scale for all the Pendulum cases."""
+def train(case: Case, seed: int, folder: Path, ablation: str = "") -> ModuleType:
+    """Trains it in a new folder. Returns the module, patched where the ablation is a patch."""
     module, flags = load(case.file), dict(case.flags)
     change = case.ablations.get(ablation, {})
     if callable(change):
@@ -811,12 +812,22 @@ def run(case: Case, seed: int, folder: Path, ablation: str = "") -> list[float]:
     args = module.Args(
         **data, **flags, seed=seed, eval_episodes=20, device="cpu", run_dir=str(folder)
     )
-    history = module.train(args)
+    module.train(args)
+    return module
+
+
+def judge(case: Case, module: ModuleType, folder: Path) -> list[float]:
+    """Scores of a run's evaluations, oldest first, on one scale for all the Pendulum cases."""
     if case.look:
         return 2 * [case.look(module, folder)]
+    history = torch.load(folder / "checkpoint.pt", weights_only=True)["history"]
     if callable(case.measure):
         return [case.measure(row) for row in history]
     if case.measure != "return_mean":
         return [-100 * row[case.measure] for row in history]
     low, high = -1232.0, -155.0  # about what random actions and the expert return
     return [100 * (row["return_mean"] - low) / (high - low) for row in history]
+
+
+def run(case: Case, seed: int, folder: Path, ablation: str = "") -> list[float]:
+    return judge(case, train(case, seed, folder, ablation), folder)

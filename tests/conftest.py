@@ -46,7 +46,7 @@ TINY_EXTRA = {
     "rt2": dict(layers=1, heads=2, bins=8, warmup_steps=5, decay_steps=20),
     "s2p": dict(image_size=1, painter_steps=10, painter_batch_size=8, channels=8)  # no pictures
     | dict(model_dim=16, ensemble=2),
-    "trajectory_transformer": dict(layers=2, heads=2, bins=8, context=4, history=2, horizon=2)
+    "trajectory_transformer": dict(layers=1, heads=2, bins=8, context=4, history=2, horizon=1)
     | dict(beam_width=3, warmup_steps=10, decay_steps=20),
     "transformer_mbrl": dict(model_dim=16, layers=2, attention_heads=2, ensemble=2, context=4)
     | dict(model_steps=10, model_batch_size=4, rollout_every=4, rollout_batch=8)
@@ -76,6 +76,16 @@ def robot_scene():
     except Exception as error:
         pytest.skip(f"needs Debian's libosmesa6 or libegl1: {error}")
     return scene
+
+
+def pytest_collection_modifyitems(config, items):
+    """Two workers begin with a half each: the long tests come first in both halves, so that
+    neither waits at the end for a long one of the other's."""
+    if hasattr(config, "workerinput"):
+        is_long = [any(map(item.get_closest_marker, ("learning", "slow"))) for item in items]
+        long, short = ([x for x, y in zip(items, is_long) if y == wanted] for wanted in (1, 0))
+        i, j = len(long) // 2, len(short) // 2
+        items[:] = long[:i] + short[:j] + long[i:] + short[j:]
 
 
 def tiny(name: str, **flags) -> dict:

@@ -197,7 +197,7 @@ def test_help_shows_every_argument(path, monkeypatch, capsys):
 
 
 @every_file
-def test_runs_alone(path, pendulum_file, tmp_path):
+def test_runs_alone(path, pendulum_file, tmp_path, monkeypatch):
     """A copy in an empty folder trains: nothing of this repository is needed."""
     shutil.copy(path, tmp_path)
     shutil.copy(pendulum_file, tmp_path)
@@ -217,12 +217,12 @@ def test_runs_alone(path, pendulum_file, tmp_path):
     assert left == {path.name, pendulum_file.name, "runs"}
 
     # And what the README's snippet does, without a simulator.
-    snippet = f"from {path.stem} import load_policy\n"
-    snippet += f"policy = load_policy({str(run / 'checkpoint.pt')!r})\nprint(policy.act([0, 1, 2]))"
-    done = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "[" in done.stdout, done.stderr
+    spec = importlib.util.spec_from_file_location(f"alone_{path.stem}", tmp_path / path.name)
+    monkeypatch.setitem(sys.modules, spec.name, importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(sys.modules[spec.name])
+    found = sys.modules[spec.name].load_policy(run / "checkpoint.pt").act([0, 1, 2])
+    a = found[0] if isinstance(found, tuple) else found  # some also return what they remember
+    assert np.size(a) == 1 and np.abs(a) <= 2
 
 
 @every_file

@@ -26,7 +26,7 @@ def seeded():
 
 
 def planner(rows=None, low=-1.0, high=1.0, **flags):
-    return learner(tt, rows, low, high, **flags).eval()
+    return learner(tt, rows, low, high, **dict(layers=2, horizon=2) | flags).eval()
 
 
 def wild(rows=None, low=-1.0, high=1.0, **flags):
@@ -111,7 +111,7 @@ def test_the_reward_of_a_row_without_a_successor_counts(tmp_path):
     np.savez(tmp_path / "own.npz", **arrays, terminals=np.zeros(12), timeouts=ends)
     rows, task = tt.load_dataset(str(tmp_path / "own.npz"))
     rows = {key: torch.as_tensor(array) for key, array in rows.items()}
-    agent = tt.Learner(rows, task, tt.Args(**tiny("trajectory_transformer", gamma=0.5)))
+    agent = tt.Learner(rows, task, tt.Args(**tiny("trajectory_transformer", layers=2, gamma=0.5)))
     V = agent.numbers(rows)[:3, -1]
     assert V.tolist() == [2 + 0.5 * 3 + 0.25 * 4, 3 + 0.5 * 4, 4]
 
