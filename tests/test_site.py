@@ -194,6 +194,10 @@ def test_results_are_those_of_the_benchmark(hooks, monkeypatch, tmp_path):
     assert "in brackets" not in hooks.results("cql")
 
 
+def test_the_site_builds(site):
+    assert "A2PO.condition" in (site / "source/algorithms/a2po.py/index.html").read_text()
+
+
 def test_what_a_shared_link_shows(site):
     for page in ("index.html", "algorithms/a2po/index.html"):
         html = (site / page).read_text()
@@ -318,7 +322,7 @@ return {
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # an open page costs the tests after it a third of a core
 def browser():
     chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not chromedriver:
