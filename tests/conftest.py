@@ -51,7 +51,7 @@ TINY_EXTRA = {
     "transformer_mbrl": dict(model_dim=16, layers=2, attention_heads=2, ensemble=2, context=4)
     | dict(model_steps=10, model_batch_size=4, rollout_every=4, rollout_batch=8)
     | dict(termination="none"),
-    "diffuser": dict(horizon=8, multipliers=(1, 2), diffusion_steps=2, plans=2, execute=8)
+    "diffuser": dict(horizon=4, multipliers=(1, 2), diffusion_steps=2, plans=2, execute=4)
     | dict(guide_stop=1, guide_steps=1),
 }
 
