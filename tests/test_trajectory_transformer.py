@@ -500,6 +500,16 @@ def test_an_episode_that_ends_in_a_plan_is_worth_no_more():
     assert (plan[:, : A + 2] < BINS).all() and (plan[:, A + 2 :] == BINS).float().mean() > 0.9
 
 
+def test_a_plan_draws_its_actions_and_takes_the_likeliest_states():
+    policy = wild(horizon=2, history=0, action_cdf=0.0, action_top_k=0, state_top_k=1).policy
+    logits = torch.zeros(1, 1, BINS + 1)
+    logits[..., 2], logits[..., BINS] = 0.1, -99  # hardly likelier than the others; never a stop
+    policy.forward = lambda text, *x: (logits.expand(len(text), 1, -1), [])
+    plan = policy.search(words(50, S), policy.forward(words(50, S))[0], [])
+    actions, states = plan[:, :A], plan[:, A + 2 : A + 2 + S]
+    assert (states == 2).all() and not (actions == 2).all()
+
+
 # --------------------------------------------------------------------------------------- Acting
 
 
