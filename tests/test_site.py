@@ -353,11 +353,9 @@ WRONG += ["asked_elsewhere"]
 
 @pytest.mark.slow
 def test_nothing_is_cut(browser, address, pages):
-    """Every page at both widths, with no network: equations, code, tables, names and pictures. Of
-    the files of code, which are one template, a few."""
+    """Every page at both widths, with no network: equations, code, tables, names and pictures."""
     wrong, seen = {}, {}
-    of_code = [page for page in pages if page.startswith("source/")]
-    for page in [page for page in pages if page not in of_code] + of_code[::8]:
+    for page in pages:
         browser.resize(WIDTHS[0])
         browser.open(address + page)
         for width in WIDTHS:
